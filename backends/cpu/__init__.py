@@ -1,0 +1,155 @@
+"""Target `cpu`: stock onnxruntime on this machine, or on another CPU by name."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.analysis import Site
+from qgraph.annotation import MOVES
+from qgraph.backends.cpu.isa import ISAS, SATURATING, host_isa, host_model
+from qgraph.backends.cpu.table import Case, Lowering, Table, rounded
+from qgraph.backends.lowering import inline_functions, lower_products, lower_tables
+from qgraph.context import Context
+from qgraph.errors import QGraphError
+from qgraph.graph import attribute, dims, is_op
+from qgraph.spec import PerToken, QuantSpec
+from qgraph.target import Verdict
+
+GLUE = (
+    "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", *MOVES,
+)  # fmt: skip
+"""Operators between quantized ones for which onnxruntime has integer kernels on CPU."""
+
+ROWS = {"prompt": (128,), "decode": (1,), "both": (1, 128)}
+"""Rows of a product that count, by what the model is optimized for."""
+PIXELS = 196
+MARGIN = 1.02
+"""A quantized operator must beat float by this much: below it, noise decides."""
+
+SHIPPED: dict[str, dict[int, float]] = {
+    "per-token": {1: 4.6, 128: 1.9},
+    "per-run": {1: 3.8, 128: 1.85},
+    "static": {1: 4.1, 128: 1.85},
+}
+"""For CPUs other than this host: speedups of K=N=2048 products measured on AVX2 without VNNI
+(AMD EPYC, onnxruntime 1.31), the slowest integer products of any x86 server."""
+
+
+@functools.cache
+def host_table() -> Table:
+    """The measured table of this machine."""
+    return Table.of_host()
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """Stock onnxruntime on a CPU.
+
+    On this host's own instruction set, each kind and size of site is timed once against float; a
+    site stays float where nothing wins. For another instruction set the shipped figures decide.
+
+    Attributes:
+        name: `cpu` or `cpu:<isa>`.
+        isa: one of :data:`isa.ISAS`.
+    """
+
+    name: str = "cpu"
+    isa: str = field(default_factory=host_isa)
+
+    @property
+    def saturates(self) -> bool:
+        return self.isa in SATURATING
+
+    @property
+    def measured(self) -> bool:
+        """Whether verdicts come from this machine."""
+        return self.isa == host_isa()
+
+    def supports(
+        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
+    ) -> Verdict:
+        if site.kind == "gather" and activation is None:
+            return Verdict(True, "rows are dequantized as they are gathered")
+        if activation is None:
+            return Verdict(False, "onnxruntime has no int8 kernel with float activations here")
+        lowering = _lowering(site, activation)
+        if lowering is None:
+            how = "dynamic " if activation.observer == "dynamic" else ""
+            return Verdict(
+                False, f"onnxruntime has no {how}int8 {site.node.op_type} on CPU that is faster"
+            )
+        k, n = site.kn
+        if site.kind == "conv":
+            k = dims(site.weight)[1] or k
+            if lowering == "depthwise":
+                k = n
+        speedup = self._speedup(lowering, k, n, context)
+        where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
+        if speedup < MARGIN:
+            return Verdict(
+                False, f"int8 {lowering} is {speedup:.2f}x float {where} at this size", speedup
+            )
+        return Verdict(True, f"{speedup:.2f}x float {where}", speedup)
+
+    def _speedup(self, lowering: Lowering, k: int, n: int, context: Context) -> float:
+        convolution = lowering in ("conv", "pointwise", "depthwise")
+        if not self.measured:
+            if convolution:
+                return 1.5
+            return float(np.prod([SHIPPED[lowering][m] for m in ROWS[context.optimize_for]]) ** 0.5)
+        rows = (PIXELS,) if convolution else ROWS[context.optimize_for]
+        table = host_table()
+        most = 512 if convolution else 2048
+        cases = [Case(lowering, rounded(k, most), rounded(n, most), m) for m in rows]
+        return float(np.exp(np.mean([np.log(table.speedup(case)) for case in cases])))
+
+    def supports_glue(self, node: ir.Node) -> bool:
+        return is_op(node, *GLUE)
+
+    def legalize(self, model: ir.Model, context: Context) -> bool:
+        changed = lower_tables(model)
+        changed |= lower_products(model, "onnxruntime")
+        return inline_functions(model) or changed
+
+
+def _lowering(site: Site, activation: QuantSpec) -> Lowering | None:
+    """The row of the table that this site belongs to."""
+    dynamic = activation.observer == "dynamic"
+    if site.kind in ("matmul", "gemm"):
+        if not dynamic:
+            return "static"
+        return "per-token" if isinstance(activation.granularity, PerToken) else "per-run"
+    if site.kind != "conv" or dynamic:
+        return None
+    shape = dims(site.weight)
+    if attribute(site.node, "group", 1) > 1:
+        return "depthwise" if shape[1] == 1 else "conv"
+    return "pointwise" if all(d == 1 for d in shape[2:]) else "conv"
+
+
+def make(name: str) -> CpuTarget:
+    """The target called `cpu` or `cpu:<isa>`.
+
+    Raises:
+        QGraphError: no such instruction set.
+    """
+    _, _, isa = name.partition(":")
+    if isa and isa not in ISAS:
+        raise QGraphError(
+            f"unknown target '{name}': use cpu or one of {', '.join('cpu:' + i for i in ISAS)}"
+        )
+    return CpuTarget(name, isa or host_isa())
+
+
+def describe() -> str:
+    """This host, and what has been measured on it so far."""
+    lines = [f"host: {host_model()}, {host_isa()}"]
+    entries = list(host_table())
+    if not entries:
+        lines.append("nothing measured yet: entries are measured when a model first needs them")
+    lines += [f"{speedup:7.2f}x float  {key}" for key, speedup in entries]
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""Tiny models for the measured table, built from the same Q/DQ form and lowerings as real ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.backends.lowering import inline_functions, lower_products
+from qgraph.functions import DEQUANTIZE_PER_TOKEN, QUANTIZE_PER_TOKEN, declare
+from qgraph.graph import add_constant
+
+CHAIN = 3
+"""Convolutions in a row, so that conversions at both ends do not decide alone."""
+
+
+class _Builder:
+    def __init__(self, shape: list[int]) -> None:
+        self.rng = np.random.default_rng(0)
+        x = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+        self.graph = ir.Graph([x], [], nodes=[], opset_imports={"": 17}, name="probe")
+        self.model = ir.Model(self.graph, ir_version=8)
+        self.x = x
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value,
+        domain: str = "",
+        outputs: int = 1,
+        **attributes: object,
+    ) -> ir.Node:
+        node = ir.node(
+            op_type, inputs=list(inputs), domain=domain, num_outputs=outputs,
+            attributes=attributes or None,  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.graph.append(node)
+        for output in node.outputs:
+            output.name = f"v{len(self.graph)}_{output.index()}"
+        return node
+
+    def constant(self, data: np.ndarray | np.generic) -> ir.Value:
+        return add_constant(self.model, "c", np.asarray(data))
+
+    def weight(self, shape: list[int], axis: int, quantized: bool) -> ir.Value:
+        if not quantized:
+            return self.constant(self.rng.normal(0, 0.05, shape).astype(np.float32))
+        q = self.constant(self.rng.integers(-127, 128, shape).astype(np.int8))
+        scale = self.constant(np.full(shape[axis], 1e-3, np.float32))
+        zero = self.constant(np.zeros(shape[axis], np.int8))
+        return self.op("DequantizeLinear", q, scale, zero, axis=axis).outputs[0]
+
+    def through_integers(self, value: ir.Value, zero_point: int = 128) -> ir.Value:
+        scale, zero = self.constant(np.float32(0.03)), self.constant(np.uint8(zero_point))
+        q = self.op("QuantizeLinear", value, scale, zero)
+        return self.op("DequantizeLinear", q.outputs[0], scale, zero).outputs[0]
+
+    def finish(self, y: ir.Value) -> ir.Model:
+        y.type = ir.TensorType(ir.DataType.FLOAT)
+        self.graph.outputs.append(y)
+        return self.model
+
+
+def build(
+    lowering: str, k: int, n: int, m: int, quantized: bool
+) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """The float or quantized form of one case, and a feed for it; arguments as in `table.Case`."""
+    if lowering in ("conv", "pointwise", "depthwise"):
+        return _convolutions(lowering, k, n, m, quantized)
+    b = _Builder([m, k])
+    x, w = b.x, b.weight([k, n], 1, quantized)
+    if quantized and lowering == "per-token":
+        declare(b.model, QUANTIZE_PER_TOKEN)
+        declare(b.model, DEQUANTIZE_PER_TOKEN)
+        q = b.op(QUANTIZE_PER_TOKEN, x, domain="qgraph", outputs=2)
+        x = b.op(DEQUANTIZE_PER_TOKEN, *q.outputs, domain="qgraph").outputs[0]
+    elif quantized and lowering == "per-run":
+        x = b.op("DequantizeLinear", *b.op("DynamicQuantizeLinear", x, outputs=3).outputs).outputs[
+            0
+        ]
+    elif quantized:
+        x = b.through_integers(x)
+    model = b.finish(b.op("MatMul", x, w).outputs[0])
+    if quantized:
+        lower_products(model, "onnxruntime")
+        inline_functions(model)
+    return model, {"x": b.rng.normal(size=(m, k)).astype(np.float32)}
+
+
+def _convolutions(
+    lowering: str, k: int, n: int, m: int, quantized: bool
+) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    side = max(1, round(m**0.5))
+    b = _Builder([1, k, side, side])
+    value = b.through_integers(b.x) if quantized else b.x
+    size = 1 if lowering == "pointwise" else 3
+    channels = k
+    for index in range(CHAIN):
+        wide = k if lowering == "depthwise" else (n if index % 2 == 0 else k)
+        group = k if lowering == "depthwise" else 1
+        w = b.weight([wide, channels // group, size, size], 0, quantized)
+        pads = [size // 2] * 4
+        value = b.op("Conv", value, w, group=group, pads=pads, kernel_shape=[size, size]).outputs[0]
+        value = b.op("Relu", value).outputs[0]
+        if quantized:
+            value = b.through_integers(value, 0)  # Relu's range, so that the clamp is free
+        channels = wide
+    feed = {"x": b.rng.normal(size=(1, k, side, side)).astype(np.float32)}
+    return b.finish(value), feed

@@ -1,0 +1,129 @@
+"""The measured table: how much faster than float each kind of quantized operator runs on this host.
+
+Each entry is measured once, by two tiny models run in turn, and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from qgraph.backends.cpu.isa import host_isa, host_model
+from qgraph.backends.cpu.probes import build
+
+Lowering = Literal["per-token", "per-run", "static", "conv", "pointwise", "depthwise"]
+VERSION = 2
+"""Raise it when the probes change: tables of other versions are measured anew."""
+ROUNDS = 7
+SECONDS = 0.004
+"""Each timing repeats its model for at least this long."""
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One entry: an operator of rounded size under one lowering.
+
+    Attributes:
+        lowering: products of `per-token` or `per-run` dynamic or `static` activations with a constant
+            int8 weight; static convolutions of three kinds.
+        k, n: input and output channels, rounded to powers of two.
+        m: rows of the product, or output pixels of the convolution.
+    """
+
+    lowering: Lowering
+    k: int
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.lowering} {self.k}x{self.n} m={self.m}"
+
+
+def rounded(size: int, most: int = 2048) -> int:
+    """The nearest power of two between 8 and `most`."""
+    return int(min(most, max(8, 2 ** round(np.log2(max(size, 1))))))
+
+
+def cache_folder() -> Path:
+    """Where qgraph keeps what it measured: `$QGRAPH_CACHE`, else the user's cache folder."""
+    if given := os.environ.get("QGRAPH_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qgraph"
+
+
+@dataclass
+class Table:
+    """Speedups over float by case; missing ones are measured when asked for."""
+
+    path: Path
+    speedups: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_host(cls) -> Table:
+        """The table of this CPU and this onnxruntime."""
+        import onnxruntime
+
+        name = re.sub(r"\W+", "-", f"{host_model()} {host_isa()} ort {onnxruntime.__version__}")
+        path = cache_folder() / f"cpu-v{VERSION}-{name}.json"
+        try:
+            stored = json.loads(path.read_text())
+            return cls(path, {str(k): float(v) for k, v in stored.items()})
+        except (OSError, ValueError, AttributeError, TypeError):
+            return cls(path)
+
+    def speedup(self, case: Case) -> float:
+        """Float time / quantized time of this case on this host."""
+        key = str(case)
+        if key not in self.speedups:
+            self.speedups[key] = round(measure(case), 3)
+            self._store()
+        return self.speedups[key]
+
+    def _store(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.path.with_suffix(f".{os.getpid()}")
+            aside.write_text(json.dumps(self.speedups, indent=1, sort_keys=True))
+            aside.replace(self.path)
+        except OSError:
+            return  # an unwritable cache only costs measuring again
+
+    def __iter__(self) -> Iterator[tuple[str, float]]:
+        return iter(sorted(self.speedups.items()))
+
+
+def measure(case: Case) -> float:
+    """Run the float and the quantized form in turn; the ratio of their best times."""
+    from qgraph.session import open_session
+
+    sessions, feed = [], {}
+    for quantized in (False, True):
+        model, feed = build(case.lowering, case.k, case.n, case.m, quantized)
+        sessions.append(open_session(model, threads=1))
+    repeats = [_repeats(session, feed) for session in sessions]
+    best = [np.inf, np.inf]
+    for _ in range(ROUNDS):
+        for index, session in enumerate(sessions):
+            best[index] = min(best[index], _time(session, feed, repeats[index]))
+    return float(best[0] / best[1])
+
+
+def _repeats(session: Any, feed: dict[str, np.ndarray]) -> int:
+    _time(session, feed, 2)
+    return max(1, int(SECONDS / _time(session, feed, 1)))
+
+
+def _time(session: Any, feed: dict[str, np.ndarray], repeats: int) -> float:
+    """Seconds of one run. CPU time of this thread: other programs on the machine do not count."""
+    began = time.thread_time()
+    for _ in range(repeats):
+        session.run(None, feed)
+    return (time.thread_time() - began) / repeats

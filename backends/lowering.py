@@ -1,0 +1,208 @@
+"""Lowerings of dynamic products and quantized tables, shared by the backends that run ONNX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qgraph.functions import DEQUANTIZE_PER_TOKEN, DOMAIN, is_call, undeclare_unused
+from qgraph.graph import add_constant, array, attribute, insert, is_op, nodes, redirect
+from qgraph.numerics import TOKEN_STEP, TOKEN_ZERO_POINT
+
+MICROSOFT = "com.microsoft"
+Dialect = Literal["onnxruntime", "standard"]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A MatMul or Gemm of dynamically quantized data and a constant integer weight.
+
+    Attributes:
+        node: the float operator over two dequantized inputs.
+        data: the node that dequantizes the data.
+        weight: the DequantizeLinear of the weight.
+    """
+
+    node: ir.Node
+    data: ir.Node
+    weight: ir.Node
+
+
+def lower_products(model: ir.Model, dialect: Dialect) -> bool:
+    """Replace dynamically quantized MatMul and Gemm by integer products.
+
+    `onnxruntime`: MatMulIntegerToFloat, and DynamicQuantizeMatMul where one scale serves the run.
+    `standard`: MatMulInteger, Cast and Mul, which onnxruntime fuses to the same kernels itself.
+    """
+    changed = False
+    for node in nodes(model):
+        if (product := _match(node)) is not None:
+            _lower_product(model, product, dialect)
+            changed = True
+    return changed
+
+
+def _match(node: ir.Node) -> _Product | None:
+    if not is_op(node, "MatMul", "Gemm") or len(node.inputs) < 2:
+        return None
+    data, weight = (v.producer() if v is not None else None for v in node.inputs[:2])
+    if data is None or weight is None or not is_op(weight, "DequantizeLinear"):
+        return None
+    q = array(weight.inputs[0])
+    if q is None or q.dtype != np.int8 or q.ndim != 2:
+        return None
+    source = data.inputs[0].producer() if data.inputs[0] is not None else None
+    per_run = is_op(data, "DequantizeLinear") and is_op(source, "DynamicQuantizeLinear")
+    if not (per_run or is_call(data, DEQUANTIZE_PER_TOKEN)):
+        return None
+    return _Product(node, data, weight)
+
+
+def _lower_product(model: ir.Model, product: _Product, dialect: Dialect) -> None:
+    node, per_token = product.node, is_call(product.data, DEQUANTIZE_PER_TOKEN)
+    weight, scale = _weight(model, product)
+    base = node.outputs[0].name or node.name or "product"
+
+    def op(op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: int) -> ir.Value:
+        made = insert(
+            model,
+            node,
+            op_type,
+            inputs,
+            base=f"{base}_{op_type}",
+            attributes=dict(attributes),
+            domain=domain,
+        )
+        made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        made.outputs[0].shape = node.outputs[0].shape
+        return made.outputs[0]
+
+    q, bias = product.data.inputs[0], _bias(model, node, op)
+    if per_token:
+        a_scale = _shared(model, "qgraph/token_step", TOKEN_STEP)
+        a_zero = _shared(model, "qgraph/token_zero", np.uint8(TOKEN_ZERO_POINT))
+    if dialect == "onnxruntime" and per_token:
+        y = op("MatMulIntegerToFloat", q, weight, a_scale, scale, a_zero, domain=MICROSOFT)
+    elif dialect == "onnxruntime":
+        assert q is not None
+        x = q.producer().inputs[0]  # type: ignore[union-attr]
+        y = op("DynamicQuantizeMatMul", x, weight, scale, None, bias, domain=MICROSOFT)
+        bias = None
+    else:
+        x_scale, x_zero = (a_scale, a_zero) if per_token else product.data.inputs[1:3]
+        total = op("Cast", op("MatMulInteger", q, weight, x_zero), to=int(ir.DataType.FLOAT))
+        total.producer().inputs[0].type = ir.TensorType(ir.DataType.INT32)  # type: ignore[union-attr]
+        y = op("Mul", total, op("Mul", x_scale, scale))
+        y.producer().inputs[1].shape = None  # type: ignore[union-attr]
+    if per_token:
+        y = op("Mul", y, product.data.inputs[1])
+    if bias is not None:
+        y = op("Add", y, bias)
+    redirect(node.outputs[0], y)
+    y.producer().name = node.name  # type: ignore[union-attr]
+    graph = node.graph
+    assert graph is not None
+    graph.remove(node, safe=True)
+
+
+def _weight(model: ir.Model, product: _Product) -> tuple[ir.Value, ir.Value]:
+    """The integer weight as (K, N) and its scale, Gemm's transB and alpha folded in."""
+    value, scale = product.weight.inputs[0], product.weight.inputs[1]
+    assert value is not None and scale is not None
+    if not is_op(product.node, "Gemm"):
+        return value, scale
+    if attribute(product.node, "transB", 0):
+        q = array(value)
+        assert q is not None
+        value = add_constant(model, f"{value.name}_T", np.ascontiguousarray(q.T))
+    alpha, scales = attribute(product.node, "alpha", 1.0), array(scale)
+    if alpha != 1.0 and scales is not None:
+        scale = add_constant(
+            model, f"{scale.name}_alpha", (scales * np.float32(alpha)).astype(np.float32)
+        )
+    return value, scale
+
+
+def _bias(model: ir.Model, node: ir.Node, op: object) -> ir.Value | None:
+    """Gemm's third input times beta, or None."""
+    if not is_op(node, "Gemm") or len(node.inputs) < 3 or node.inputs[2] is None:
+        return None
+    beta = attribute(node, "beta", 1.0)
+    if beta == 1.0:
+        return node.inputs[2]
+    factor = add_constant(model, f"{node.name}_beta", np.float32(beta))
+    made: ir.Value = op("Mul", node.inputs[2], factor)  # type: ignore[operator]
+    made.shape = node.inputs[2].shape
+    return made
+
+
+def _shared(model: ir.Model, name: str, value: np.generic) -> ir.Value:
+    found = model.graph.initializers.get(name)
+    return found if found is not None else add_constant(model, name, np.asarray(value))
+
+
+def lower_tables(model: ir.Model) -> bool:
+    """Gather of a dequantized table: gather integers and their rows' scales, then multiply.
+
+    ::
+
+        W:int8 ── DQ(axis 0) ── Gather ── y      W:int8 ── Gather ── Cast ── Mul ── y
+                          ids ──┘                scale ─── Gather ───────────┘
+    """
+    changed = False
+    for node in nodes(model):
+        dq = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if not is_op(node, "Gather") or dq is None or not is_op(dq, "DequantizeLinear"):
+            continue
+        table, scales = array(dq.inputs[0]), array(dq.inputs[1])
+        if table is None or scales is None or attribute(node, "axis", 0) % table.ndim != 0:
+            continue
+        if scales.ndim != 1 or attribute(dq, "axis", 1) % table.ndim != 0:
+            continue
+        _lower_table(model, node, dq, scales.reshape(-1, *[1] * (table.ndim - 1)))
+        changed = True
+    return changed
+
+
+def _lower_table(model: ir.Model, node: ir.Node, dq: ir.Node, scales: np.ndarray) -> None:
+    assert dq.inputs[1] is not None and dq.inputs[0] is not None
+    base = node.outputs[0].name or "table"
+    column = add_constant(model, f"{dq.inputs[1].name}_rows", scales)
+    rows = insert(model, node, "Gather", [dq.inputs[0], node.inputs[1]], base=f"{base}_q")
+    scale = insert(model, node, "Gather", [column, node.inputs[1]], base=f"{base}_scale")
+    wide = insert(
+        model,
+        node,
+        "Cast",
+        rows.outputs,
+        base=f"{base}_cast",
+        attributes={"to": int(ir.DataType.FLOAT)},
+    )
+    y = insert(model, node, "Mul", [wide.outputs[0], scale.outputs[0]], base=f"{base}_mul")
+    rows.outputs[0].type = ir.TensorType(dq.inputs[0].dtype or ir.DataType.INT8)
+    for made in (scale, wide, y):
+        made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    y.outputs[0].shape = node.outputs[0].shape
+    redirect(node.outputs[0], y.outputs[0])
+    y.name = node.name
+    graph = node.graph
+    assert graph is not None
+    graph.remove(node, safe=True)
+
+
+def inline_functions(model: ir.Model) -> bool:
+    """Replace what calls of qgraph functions are left by their bodies."""
+    from qgraph.graph import remove_dead
+
+    remove_dead(model)
+    changed = bool(common.InlinePass(lambda function: function.domain == DOMAIN)(model).modified)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(
+        model
+    ) if changed else None
+    common.DeduplicateInitializersPass()(model) if changed else None
+    undeclare_unused(model)
+    return changed

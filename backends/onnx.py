@@ -1,0 +1,48 @@
+"""Target `onnx`: standard operators only, for any runtime that reads ONNX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qgraph.analysis import Site
+from qgraph.annotation import MOVES
+from qgraph.backends.lowering import inline_functions, lower_products, lower_tables
+from qgraph.context import Context
+from qgraph.graph import is_op
+from qgraph.spec import QuantSpec
+from qgraph.target import Verdict
+
+GLUE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", *MOVES)
+
+
+@dataclass(frozen=True)
+class OnnxTarget:
+    """Standard Q/DQ and integer operators; nothing is measured, since any machine may run the result.
+
+    Static quantization stays in Q/DQ form, which every integer runtime recognises. Dynamic products
+    become MatMulInteger: exact everywhere, and fused by onnxruntime to its fast kernels.
+    """
+
+    name: str = "onnx"
+    saturates: bool = True
+    """The result may meet an x86 CPU whose u8·s8 products saturate."""
+
+    def supports(
+        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
+    ) -> Verdict:
+        dynamic = activation is not None and activation.observer == "dynamic"
+        if dynamic and site.kind in ("conv", "conv_transpose"):
+            return Verdict(False, "standard ONNX has no dynamic convolution with signed weights")
+        if site.kind in ("rnn", "activations"):
+            return Verdict(False, f"standard ONNX has no quantized {site.node.op_type}")
+        return Verdict(True, "standard operators express it")
+
+    def supports_glue(self, node: ir.Node) -> bool:
+        return is_op(node, *GLUE)
+
+    def legalize(self, model: ir.Model, context: Context) -> bool:
+        changed = lower_tables(model)
+        changed |= lower_products(model, "standard")
+        return inline_functions(model) or changed

@@ -1,0 +1,43 @@
+"""General metrics: pure functions of arrays or strings."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.zoo import Array
+
+
+def sqnr_db(reference: Array, other: Array) -> float:
+    """Signal-to-noise ratio in decibels: the energy of the reference over that of the error."""
+    noise = np.square(reference.astype(np.float64) - other).sum()
+    signal = np.square(reference.astype(np.float64)).sum()
+    return float("inf") if noise == 0 else float(10 * np.log10(signal / noise))
+
+
+def agreement(reference: Array, other: Array) -> float:
+    """The share of rows whose largest entry is at the same place."""
+    return float(np.mean(reference.argmax(-1) == other.argmax(-1)))
+
+
+def mean_cosine(reference: Array, other: Array) -> float:
+    """The mean cosine between rows."""
+    norms = np.linalg.norm(reference, axis=-1) * np.linalg.norm(other, axis=-1)
+    return float(np.mean((reference * other).sum(-1) / norms))
+
+
+def roc_auc(scores: Array, labels: Array) -> float:
+    """The probability that a positive scores above a negative; ties count half."""
+    positives, negatives = scores[labels == 1], np.sort(scores[labels == 0])
+    below = np.searchsorted(negatives, positives, "left")
+    up_to = np.searchsorted(negatives, positives, "right")
+    return float((below + up_to).mean() / 2 / len(negatives))
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]

@@ -1,0 +1,64 @@
+"""A pass of one's own, in one's own file: see docs/writing-a-pass.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.analysis import sites
+from qgraph.annotation import IN, retract
+from qgraph.context import Context
+from qgraph.graph import array, release
+from qgraph.numerics import along, dequantize, quantize_weight, sqnr_db
+from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.spec import PerAxis, QuantSpec
+
+
+@dataclass(frozen=True)
+class KeepSensitive(Pass):
+    """Keep the layers float whose weights would lose too much: mixed precision.
+
+    The problem: with few bits, layers suffer very differently, and a handful of them costs most of
+    the accuracy. What rounding does to a weight can be measured before anything is quantized.
+
+        x ── MatMul ── Relu ── MatMul         x ── MatMul ── Relu ── MatMul
+        w1:int4 31 dB ┘  w2:int4 9 dB ┘       w1:int4 ────┘  w2:float ────┘
+
+    Parameters:
+        min_sqnr: signal-to-noise ratio that a rounded weight must keep, in dB.
+    """
+
+    name: ClassVar[str] = "keep-sensitive"
+    contract: ClassVar[Contract] = Contract.EQUIVALENT
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
+
+    min_sqnr: float = 20.0
+
+    def run(self, model: ir.Model, context: Context) -> bool:
+        changed = False
+        for site in sites(model):
+            spec = site.node.meta.get(IN, {}).get(site.w_index)
+            weight = array(site.weight)
+            if spec is None or weight is None:
+                continue
+            sqnr = rounding_sqnr_db(weight, spec)
+            release(site.weight)
+            if sqnr >= self.min_sqnr:
+                continue
+            retract(site)
+            why = f"its rounded weight would keep less than {self.min_sqnr:g} dB"
+            context.remark("float", self.name, site.name, site.node.op_type, why, weight_db=sqnr)
+            changed = True
+        return changed
+
+
+def rounding_sqnr_db(weight: np.ndarray, spec: QuantSpec) -> float:
+    """Signal-to-noise ratio of `weight` after quantization by `spec`, in dB; inf if exact."""
+    axis = spec.granularity.axis if isinstance(spec.granularity, PerAxis) else None
+    q, scale, zero = quantize_weight(weight, axis, spec)
+    if axis is not None:
+        scale, zero = along(scale, axis, weight.ndim), along(zero, axis, weight.ndim)
+    return sqnr_db(weight, dequantize(q, scale, zero))

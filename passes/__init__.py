@@ -1,0 +1,36 @@
+"""The passes, one file each. Imported as `qgraph.passes`; `ALL` lists them."""
+
+if __name__ != "qgraph.passes":
+    raise ImportError("import this package as qgraph.passes")
+
+from qgraph.pass_manager import Pass
+from qgraph.passes.annotate import Annotate
+from qgraph.passes.bias_correction import BiasCorrection
+from qgraph.passes.calibrate import Calibrate
+from qgraph.passes.canonicalize import Canonicalize
+from qgraph.passes.convert_opset import ConvertOpset
+from qgraph.passes.equalize import Equalize
+from qgraph.passes.fold_batch_norm import FoldBatchNorm
+from qgraph.passes.fold_constants import FoldConstants
+from qgraph.passes.fold_qdq import FoldQDQ
+from qgraph.passes.guard_static import GuardStatic
+from qgraph.passes.insert_observers import InsertObservers
+from qgraph.passes.insert_qdq import InsertQDQ
+from qgraph.passes.lower import Lower
+
+ALL: tuple[type[Pass], ...] = (
+    Annotate,
+    BiasCorrection,
+    Calibrate,
+    Canonicalize,
+    ConvertOpset,
+    Equalize,
+    FoldBatchNorm,
+    FoldConstants,
+    FoldQDQ,
+    GuardStatic,
+    InsertObservers,
+    InsertQDQ,
+    Lower,
+)
+"""Every pass of qgraph, in alphabetical order. Add yours here: pipelines find it by its `name`."""

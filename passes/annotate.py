@@ -1,0 +1,198 @@
+"""Decide, site by site, what is to be quantized and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from qgraph.analysis import FLOATS, Site, SiteKind, nested, sites
+from qgraph.annotation import IN, SPEC, commit_to, describe, output_value, static_use
+from qgraph.context import Context
+from qgraph.graph import constant, dims, is_op
+from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.spec import PerAxis, PerTensor, PerToken, QuantSpec, RangeMethod
+
+PER_TOKEN = QuantSpec(ir.DataType.UINT8, PerToken(), symmetric=True, observer="dynamic")
+PER_RUN = QuantSpec(ir.DataType.UINT8, PerTensor(), symmetric=False, observer="dynamic")
+"""Activations with one scale for each run, as DynamicQuantizeLinear computes it."""
+WEIGHT = QuantSpec(ir.DataType.INT8, PerAxis(0), symmetric=True, observer="absmax")
+
+Scheme = Literal["static", "dynamic"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Sites of these kinds whose names match get these specs; the first rule that fits counts.
+
+    Attributes:
+        kinds: kinds of site.
+        weight: how to quantize the weight (`PerAxis` means the site's own output-channel axis), or
+            None to keep the site float.
+        activations: how to quantize the data, best first: the first that the target runs faster
+            than float is taken. Empty: only the weight is quantized.
+        layers: glob on the site's name.
+        why: reason given for a site kept float.
+    """
+
+    kinds: tuple[SiteKind, ...]
+    weight: QuantSpec | None
+    activations: tuple[QuantSpec, ...] = ()
+    layers: str = "*"
+    why: str = "kept float by a rule of the recipe"
+
+    def fits(self, site: Site) -> bool:
+        """Whether this rule speaks about `site`."""
+        return site.kind in self.kinds and fnmatchcase(site.name, self.layers)
+
+
+def dynamic_rules(weight: QuantSpec = WEIGHT) -> tuple[Rule, ...]:
+    """Weights quantized once, activations at run time: needs no data."""
+    return (
+        Rule(("matmul", "gemm"), weight, (PER_TOKEN, PER_RUN)),
+        Rule(("conv", "conv_transpose"), weight, (PER_RUN,)),
+        Rule(("gather",), weight),
+        Rule(("activations",), None, why=_ATTENTION),
+        Rule(("rnn",), None, why=_RECURRENT),
+    )
+
+
+def static_rules(activation: QuantSpec, weight: QuantSpec = WEIGHT) -> tuple[Rule, ...]:
+    """Weights and activation scales fixed at compile time, from calibration."""
+    return (
+        Rule(("matmul", "gemm", "conv", "conv_transpose"), weight, (activation,)),
+        *dynamic_rules(weight)[2:],
+    )
+
+
+_ATTENTION = "both operands are computed: quantizing them costs more than the product saves"
+_RECURRENT = (
+    "recurrent: errors of its weights add up over time steps, and the target has no faster kernel"
+)
+SMALL_TABLE = 1 << 16
+"""A lookup table of fewer bytes is not worth quantizing."""
+
+
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Mark what to quantize, and how; nothing is rewritten yet.
+
+    The rules say what is wanted, the target says what it can run and whether that is faster than
+    float. Around quantized convolutions, operators with integer kernels (Add, pooling, Concat, ...)
+    join in, so that data stays in integers between them instead of being converted twice::
+
+        x ── Conv ── Relu ── Add ── ...        x:u8 ── Conv ── Relu ── :u8 ── Add ── :u8 ...
+                              ╲ W                         ╲ W:s8 per-axis(0)
+
+    Every MatMul, Gemm, Conv, ConvTranspose, Gather on weights and recurrent operator gets a remark:
+    quantized how, or float and why.
+
+    Attributes:
+        scheme: `dynamic` computes activation scales at run time, `static` takes them from
+            calibration; sites in bodies of If, Loop and Scan, where calibration cannot look, are
+            dynamic in both.
+        observer: how static ranges are found.
+        rules: further rules, tried before those of the scheme.
+        weight: how weights are quantized.
+
+    Source: Jacob et al. 2018 (integer-only inference), Krishnamoorthi 2018 (per-channel weights),
+    Yao et al. 2022 (token-wise activations).
+    """
+
+    name: ClassVar[str] = "annotate"
+    contract: ClassVar[Contract] = Contract.EQUIVALENT
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CANONICAL})
+    provides: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
+
+    scheme: Scheme = "dynamic"
+    observer: RangeMethod = "minmax"
+    rules: tuple[Rule, ...] = ()
+    weight: QuantSpec = WEIGHT
+
+    def run(self, model: ir.Model, context: Context) -> bool:
+        activation = QuantSpec(
+            ir.DataType.UINT8, PerTensor(), symmetric=False, observer=self.observer
+        )
+        fixed = self.rules + static_rules(activation, self.weight)
+        at_run_time = self.rules + dynamic_rules(self.weight)
+        for site in sites(model):
+            static = self.scheme == "static" and not nested(model, site.node)
+            self._annotate(site, fixed if static else at_run_time, context)
+        if self.scheme == "static":
+            for node in model.graph:
+                if context.target.supports_glue(node):
+                    _join(node, activation)
+            _drop_lonely_glue(model)
+        return False
+
+    def _annotate(self, site: Site, rules: tuple[Rule, ...], context: Context) -> None:
+        rule = next((r for r in rules if r.fits(site)), None)
+        op = site.node.op_type
+        if rule is None or rule.weight is None:
+            why = rule.why if rule else "no rule of the recipe covers it"
+            context.remark("float", self.name, site.name, op, why)
+            return
+        weight = rule.weight
+        if isinstance(weight.granularity, PerAxis):
+            weight = weight.with_(granularity=PerAxis(site.axis))
+        if reason := _unfit(site):
+            context.remark("float", self.name, site.name, op, reason)
+            return
+        reasons = []
+        for activation in rule.activations or (None,):
+            verdict = context.target.supports(site, activation, weight, context)
+            reasons.append(verdict.reason)
+            if not verdict.ok:
+                continue
+            commit_to(site, activation, weight)
+            numbers = {"speedup": verdict.speedup} if verdict.speedup else {}
+            context.remark(
+                "quantized", self.name, site.name, op, describe(activation, weight), **numbers
+            )
+            return
+        context.remark("float", self.name, site.name, op, reasons[0])
+
+
+def _unfit(site: Site) -> str | None:
+    """Why this site's own shape or dtype rules quantization out, or None."""
+    tensor = constant(site.weight)
+    assert tensor is not None
+    if tensor.dtype not in FLOATS[:3]:
+        return f"its weight is {tensor.dtype.name}, which no integer kernel replaces"
+    if site.kind == "gather" and tensor.nbytes < SMALL_TABLE:
+        return "its table is too small to matter"
+    if site.kind == "gather" and site.axis != 0:
+        return "it gathers along an inner axis, where rows do not keep a scale of their own"
+    if site.kind != "gather" and not dims(site.weight):
+        return "its weight has no shape"
+    return None
+
+
+def _join(node: ir.Node, activation: QuantSpec) -> None:
+    """Quantize a glue operator if all its data is quantized already on its way in."""
+    data = [v for i, v in enumerate(node.inputs) if v is not None and _is_data(node, i)]
+    if not data or not all(SPEC in v.meta or static_use(v) is not None for v in data):
+        return
+    node.meta[IN] = {i: activation for i, v in enumerate(node.inputs) if _is_data(node, i)}
+    output_value(node).meta[SPEC] = activation
+
+
+def _is_data(node: ir.Node, index: int) -> bool:
+    value = node.inputs[index]
+    if value is None or value.dtype not in (ir.DataType.FLOAT, None):
+        return False
+    return index == 0 or is_op(node, "Add", "Mul", "Concat")
+
+
+def _drop_lonely_glue(model: ir.Model) -> None:
+    """A glue operator none of whose users takes integers would only add conversions: undo it."""
+    for node in reversed(list(model.graph)):
+        if IN not in node.meta or SPEC not in output_value(node).meta:
+            continue
+        if is_op(node, "Conv", "ConvTranspose", "MatMul", "Gemm"):
+            continue
+        output = output_value(node)
+        if not any(u.idx in u.node.meta.get(IN, {}) for u in output.uses()):
+            del node.meta[IN], output.meta[SPEC]

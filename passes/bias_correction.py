@@ -1,0 +1,150 @@
+"""Bias correction: take back the mean error that rounding the weights adds to every channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph.analysis import Site, bias_use, by_input_channel, site_of
+from qgraph.annotation import IN, STATS
+from qgraph.context import Context
+from qgraph.graph import add_constant, array, attribute, dims, release, remove_dead
+from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.spec import PerAxis, PerTensor, QuantSpec
+from qgraph.weights import quantize_site
+
+Double = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class BiasCorrection(Pass):
+    """Correct the biases of linear operators for the weights they are about to get.
+
+    The problem: the rounding errors of one output channel's weights do not cancel, and where the
+    inputs have a mean (behind a Relu they all do), the output shifts by (Wq - W)·E[x]: an error
+    that is the same for every sample, adds up from layer to layer, and is known beforehand::
+
+        y = Conv (x, W, b)        y = Conv (x, W, b - (Wq - W)·E[x])
+
+    It runs between calibrate and insert-qdq: E[x] is the mean of each input channel as calibrated
+    (`insert-observers{channel_means=true}`), Wq the weight exactly as insert-qdq
+    will write it, and the bias is still float. A Conv or Gemm without a bias gets one; a MatMul is corrected in the Add that
+    follows it, and left alone without one: an Add of its own would cost more than it brings.
+    At the borders of a padded convolution the shift is smaller than assumed, as in the paper.
+
+    Parameters: none.
+
+    Source: Nagel et al. 2019, "Data-Free Quantization through Weight Equalization and Bias
+    Correction", section 4.2 and appendix D (empirical bias correction), eq. 14-17.
+    """
+
+    name: ClassVar[str] = "bias-correction"
+    contract: ClassVar[Contract] = Contract.LOSSY
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CALIBRATED})
+
+    def run(self, model: ir.Model, context: Context) -> bool:
+        changed = False
+        for node in model.graph:
+            site = site_of(node)
+            spec = node.meta.get(IN, {}).get(site.w_index) if site is not None else None
+            if site is None or not isinstance(spec, QuantSpec):
+                continue
+            problem = _unfit(site, spec)
+            if problem is not None:
+                context.remark("declined", self.name, site.name, node.op_type, problem)
+                continue
+            self._correct(model, site, spec, context)
+            changed = True
+        if changed:
+            remove_dead(model)
+        return changed
+
+    def _correct(self, model: ir.Model, site: Site, spec: QuantSpec, context: Context) -> None:
+        w, use = array(site.weight), bias_use(site)
+        assert w is not None
+        assert use is not None
+        mean = site.x.meta[STATS].channel_mean
+        data = site.node.meta[IN].get(site.x_index)
+        static = data if data is not None and data.observer != "dynamic" else None
+        final = quantize_site(site, spec, static, context.target.saturates and data is not None)
+        shift = expected_shift(site, w, final.float(), mean)
+        release(site.weight)
+        node, index = use
+        old = node.inputs[index] if index < len(node.inputs) else None
+        bias = array(old)
+        corrected = (0.0 if bias is None else bias.astype(np.float64)) - shift
+        new = add_constant(
+            model, f"{site.name}_corrected", corrected.astype(w.dtype), site.weight.dtype
+        )
+        node.resize_inputs(max(len(node.inputs), index + 1))
+        node.replace_input_with(index, new)
+        context.remark(
+            "applied",
+            self.name,
+            site.name,
+            site.node.op_type,
+            "corrected its bias" if bias is not None else "gave it a correcting bias",
+            largest_shift=float(np.abs(shift).max(initial=0.0)),
+        )
+
+
+def _unfit(site: Site, spec: QuantSpec) -> str | None:
+    """Why this site cannot be corrected, or None."""
+    if site.kind not in ("conv", "matmul", "gemm"):
+        return f"the shift of a {site.node.op_type} is not corrected"
+    if not isinstance(spec.granularity, PerTensor | PerAxis):
+        return f"its weight is quantized {spec.granularity}"
+    stats = site.x.meta.get(STATS)
+    if stats is None or stats.channel_mean is None:
+        return "the mean of its input is unknown: set channel_means=true in insert-observers"
+    if stats.channel_mean.size != _inputs(site) or not np.isfinite(stats.channel_mean).all():
+        return "the calibrated mean of its input has other channels"
+    if _mixed(site):
+        return "its input is read by convolutions and matrix products, which disagree on channels"
+    use = bias_use(site)
+    if use is None:
+        return "no bias follows this MatMul, and an Add of its own would cost more than it brings"
+    node, index = use
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is not None and array(value) is None:
+        return "its bias is computed"
+    if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
+        return "its alpha or beta is not 1: run canonicalize first"
+    return None
+
+
+def _inputs(site: Site) -> int:
+    """Number of channels of the data."""
+    shape = [d or 0 for d in dims(site.weight)]
+    if site.kind == "conv":
+        return shape[1] * int(attribute(site.node, "group", 1))
+    return shape[1 - site.axis]
+
+
+def _mixed(site: Site) -> bool:
+    """Whether the mean may be along an axis that is not this site's."""
+    readers = [site_of(use.node) for use in site.x.uses()]
+    return len({s.kind == "conv" for s in readers if s is not None and s.x is site.x}) > 1
+
+
+def expected_shift(
+    site: Site, w: NDArray[Any], quantized: NDArray[Any], mean: NDArray[Any]
+) -> Double:
+    """(Wq - W)·E[x]: by how much each output channel's mean moves (eq. 16).
+
+    Args:
+        site: says which axes of the weight are what, and how many groups there are.
+        w, quantized: the weight before and after rounding, of one shape.
+        mean: mean of each input channel, 1-D; taken to be the same at every position.
+
+    Returns:
+        float64, one shift for each output channel.
+    """
+    error = np.ascontiguousarray(quantized, np.float64) - w
+    taps = by_input_channel(site, error).sum(axis=3)
+    means = np.asarray(mean, np.float64).reshape(taps.shape[0], taps.shape[2], 1)
+    return np.asarray((taps @ means).reshape(-1))

@@ -1,0 +1,207 @@
+"""Bring any model into the form that the other passes expect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qgraph.context import Context
+from qgraph.graph import (
+    add_constant,
+    array,
+    attribute,
+    constant,
+    dims,
+    infer_types,
+    is_op,
+    redirect,
+    remove_dead,
+    unique_names,
+)
+from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.passes.fold_constants import FoldConstants
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """One way to say each thing, the same function.
+
+    The problem: exporters differ. Weights hide in Constant nodes, behind transposes, in functions;
+    nodes have no names or share one; what quantization looks for is a few plain forms.
+
+    ::
+
+        Constant -> Transpose -> MatMul            MatMul with a constant weight
+        MatMul (.., w (1, K, N))                   MatMul (.., w (K, N))
+        Gemm <alpha = 2, beta = .5> (x, w, b)      Gemm (x, 2 w, .5 b)
+        Identity, inference Dropout                gone
+        a call of a model-local function           its body (functions of domain qgraph stay)
+        If with a constant condition               the branch that is taken
+        nodes whose results nobody reads           gone
+
+    Every node and every value gets a name of its own, control-flow bodies included, so that remarks
+    can call a layer by its name; types and shapes are inferred. Constants are folded by
+    :class:`~qgraph.passes.fold_constants.FoldConstants`.
+
+    The inputs and outputs of the model stay, with one exception. An initializer that is also an
+    input is a default that callers may override, so it stays an input and no constant. Before IR
+    version 4, however, every initializer had to be listed as input: those are constants, lose
+    their place among the inputs, and the model becomes one of IR version 4.
+
+    Left alone: foreign domains, quantization that the model brings along, an Add behind a MatMul
+    (onnxruntime fuses it), `auto_pad` and a missing `kernel_shape` of Conv (every runtime and every
+    pass here reads the weight's shape).
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    contract: ClassVar[Contract] = Contract.EQUIVALENT
+    provides: ClassVar[frozenset[Stage]] = frozenset({Stage.CANONICAL})
+
+    def run(self, model: ir.Model, context: Context) -> bool:
+        changed = self._constants_are_no_inputs(model, context)
+        changed |= self._inline_functions(model, context)
+        changed |= unique_names(model)
+        changed |= FoldConstants().run(model, context)
+        simplified = 0
+        for node in model.graph.all_nodes():
+            simplified += (
+                _drop_identity(node) or _plain_gemm(model, node) or _flat_weight(model, node)
+            )
+        if simplified:
+            context.remark("applied", self.name, "", "", "simplified nodes", count=simplified)
+            infer_types(model)
+        changed |= remove_dead(model)
+        return changed or bool(simplified)
+
+    def _constants_are_no_inputs(self, model: ir.Model, context: Context) -> bool:
+        if (model.ir_version or 0) >= 4 or not common.RemoveInitializersFromInputsPass()(
+            model
+        ).modified:
+            return False
+        context.remark(
+            "note",
+            self.name,
+            "",
+            "",
+            f"IR version {model.ir_version} lists constants as inputs: they are no longer inputs",
+        )
+        model.ir_version = 4
+        return True
+
+    def _inline_functions(self, model: ir.Model, context: Context) -> bool:
+        if all(function.domain == "qgraph" for function in model.functions.values()):
+            return False
+        # Inlining fails in the middle of its work: try it on a copy (which shares the weights).
+        copy = model.clone()
+        try:
+            common.InlinePass(lambda function: function.domain != "qgraph")(copy)
+            common.RemoveUnusedFunctionsPass()(copy)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            context.remark("declined", self.name, "", "", f"functions stay calls: {reason}")
+            return False
+        model.graph = copy.graph
+        model.functions.clear()
+        model.functions.update(copy.functions)
+        return True
+
+
+def _drop_identity(node: ir.Node) -> bool:
+    """Remove a node that only passes its input on, where the result's name can be kept."""
+    if not is_op(node, "Identity") and not _idle_dropout(node):
+        return False
+    source, result, graph = node.inputs[0], node.outputs[0], node.graph
+    if source is None or graph is None:
+        return False
+    if result.is_graph_output():
+        # A graph returns values of its own, each once.
+        producer = source.producer()
+        if producer is None or producer.graph is not graph or source.is_graph_output():
+            return False
+    if source.type is None:
+        source.type = result.type
+    if source.shape is None:
+        source.shape = result.shape
+    redirect(result, source)
+    graph.remove(node, safe=True)
+    return True
+
+
+def _idle_dropout(node: ir.Node) -> bool:
+    """A Dropout whose mask is not used and that is not in training mode."""
+    if not is_op(node, "Dropout") or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        return False
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return not attribute(node, "training_mode", 0) and attribute(node, "is_test", 1) == 1
+    training = array(node.inputs[2])
+    return training is not None and not training.any()
+
+
+def _plain_gemm(model: ir.Model, node: ir.Node) -> bool:
+    """Move alpha and beta of a Gemm into its constant weight and bias."""
+    if not is_op(node, "Gemm"):
+        return False
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
+    changed = _absorb(model, node, 1, alpha, "alpha")
+    if bias is None:
+        return changed | (node.attributes.pop("beta", None) is not None and beta != 1.0)
+    return changed | _absorb(model, node, 2, beta, "beta")
+
+
+_WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+"""Half floats may overflow where the product, summed in float32, did not."""
+
+
+def _absorb(model: ir.Model, node: ir.Node, index: int, factor: float, name: str) -> bool:
+    """Multiply the constant input `index` by `factor` and drop the attribute that says so."""
+    value = node.inputs[index]
+    tensor = constant(value)
+    if factor == 1.0 or tensor is None or tensor.dtype not in _WIDE:
+        return False
+    _substitute(model, node, index, name, tensor.shape.numpy(), lambda: tensor.numpy() * factor)
+    node.attributes.pop(name)
+    return True
+
+
+def _flat_weight(model: ir.Model, node: ir.Node) -> bool:
+    """Make a MatMul weight of shape (1, ..., K, N) a matrix, where the result keeps its rank."""
+    if not is_op(node, "MatMul"):
+        return False
+    tensor = constant(node.inputs[1])
+    if tensor is None or len(tensor.shape) < 3 or tensor.size != prod(tensor.shape.numpy()[-2:]):
+        return False
+    if len(dims(node.inputs[0])) < len(tensor.shape):
+        return False
+    shape = tensor.shape.numpy()[-2:]
+    _substitute(model, node, 1, "matrix", shape, lambda: tensor.numpy().reshape(shape))
+    return True
+
+
+def _substitute(
+    model: ir.Model,
+    node: ir.Node,
+    index: int,
+    suffix: str,
+    shape: Sequence[int],
+    compute: Callable[[], np.ndarray],
+) -> None:
+    """Give `node` a constant of its own, computed from an old one when it is read."""
+    value = node.inputs[index]
+    tensor = constant(value)
+    assert value is not None
+    assert tensor is not None
+    dtype = tensor.dtype
+    lazy = ir.LazyTensor(
+        lambda: ir.Tensor(compute().astype(dtype.numpy(), copy=False), dtype=dtype),
+        dtype=dtype,
+        shape=ir.Shape(shape),
+        cache=tensor.nbytes <= FoldConstants.lazy,
+    )
+    node.replace_input_with(index, add_constant(model, f"{value.name}_{suffix}", lazy))

@@ -1,0 +1,95 @@
+"""Take static quantization back where the calibrated ranges show that one scale cannot serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.analysis import Site, site_of
+from qgraph.annotation import IN, SPEC, STATS, annotated, commit_to, describe, output_value, retract
+from qgraph.context import Context
+from qgraph.graph import is_op, node_name
+from qgraph.numerics import scale_zero_point
+from qgraph.observers import Stats, find_range, token_sqnr_db
+from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.spec import PerToken, QuantSpec
+
+PER_TOKEN = QuantSpec(ir.DataType.UINT8, PerToken(), symmetric=True, observer="dynamic")
+
+
+@dataclass(frozen=True)
+class GuardStatic(Pass):
+    """Take static quantization back where one calibrated scale cannot serve all the data.
+
+    Two cases ruin models silently. A language model's first token can be thousands of times larger
+    than the others: a scale that holds it rounds all others to zero. And Concat, Add or Where of
+    values in different units (boxes in pixels, scores below one) leaves the small ones no levels::
+
+        x:u8 static ── MatMul     median token 4 dB      x:u8 per-token ── MatMul
+        boxes:u8 ─┐                                      boxes ─┐
+        scores:u8 ┴ Concat:u8     ranges 1 : 640         scores ┴ Concat
+
+    The first is measured as the signal-to-noise ratio of the median token under the static scale;
+    such a site computes its scales at run time, token by token, if the target runs that faster than
+    float, and stays float otherwise. The second keeps the joining operator float.
+
+    Attributes:
+        min_sqnr: what the median token must keep, in dB.
+        max_ratio: largest ratio of ranges that may share one scale.
+    """
+
+    name: ClassVar[str] = "guard-static"
+    contract: ClassVar[Contract] = Contract.EQUIVALENT
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CALIBRATED})
+
+    min_sqnr: float = 25.0
+    max_ratio: float = 32.0
+
+    def run(self, model: ir.Model, context: Context) -> bool:
+        changed = False
+        for node, specs in list(annotated(model)):
+            if is_op(node, "Concat", "Add", "Where", "Mul"):
+                changed |= self._guard_join(node, context)
+            elif (site := site_of(node)) and (spec := specs.get(site.x_index)):
+                if spec.observer != "dynamic":
+                    changed |= self._guard_site(site, spec, context)
+        return changed
+
+    def _guard_site(self, site: Site, spec: QuantSpec, context: Context) -> bool:
+        stats: Stats | None = site.x.meta.get(STATS)
+        op, weight = site.node.op_type, site.node.meta[IN][site.w_index]
+        if stats is None or not stats.count:
+            retract(site)
+            context.remark("float", self.name, site.name, op, "calibration data never reached it")
+            return True
+        if stats.token_power is None:
+            return False
+        scale, _ = scale_zero_point(*(np.float32(v) for v in find_range(stats, spec)), spec)  # type: ignore[arg-type]
+        sqnr = token_sqnr_db(stats, float(scale))
+        if sqnr >= self.min_sqnr:
+            return False
+        retract(site)
+        verdict = context.target.supports(site, PER_TOKEN, weight, context)
+        if not verdict.ok:
+            why = f"static activations are too coarse for most tokens; dynamic: {verdict.reason}"
+            context.remark("float", self.name, site.name, op, why, median_token_db=sqnr)
+            return True
+        commit_to(site, PER_TOKEN, weight)
+        why = describe(PER_TOKEN, weight) + ": static ones are too coarse for most tokens"
+        context.remark("quantized", self.name, site.name, op, why, median_token_db=sqnr)
+        return True
+
+    def _guard_join(self, node: ir.Node, context: Context) -> bool:
+        stats = [v.meta.get(STATS) for i, v in enumerate(node.inputs) if v and i in node.meta[IN]]
+        spans = [max(-s.low, s.high) for s in stats if s is not None and s.count]
+        if is_op(node, "Mul") or len(spans) < 2 or min(spans) * self.max_ratio >= max(spans):
+            return False
+        del node.meta[IN]
+        output_value(node).meta.pop(SPEC, None)
+        why = "kept float: its inputs have ranges too different for one scale"
+        ratio = max(spans) / max(min(spans), 1e-30)
+        context.remark("declined", self.name, node_name(node), node.op_type, why, ratio=ratio)
+        return True

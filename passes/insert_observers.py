@@ -1,0 +1,88 @@
+"""Put an observer on every value whose range calibration must find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qgraph.analysis import site_of
+from qgraph.annotation import SPEC, static_use
+from qgraph.context import Context
+from qgraph.functions import OBSERVER, declare
+from qgraph.observers import Wanted
+from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.spec import QuantSpec
+
+WANTED = "qgraph.wanted"
+"""Key in the meta of an Observer node: what to collect, a :class:`qgraph.observers.Wanted`."""
+
+
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Put a `qgraph::Observer` on every value that is to be quantized with a fixed scale.
+
+    ::
+
+        x ── Conv ── Relu ── Conv        x ── Observer ── Conv ── Relu ── Observer ── Conv
+
+    An observer is an identity; `calibrate` compiles it into reductions. It collects what the value's
+    spec needs and no more: minimum and maximum always, a histogram for percentile, entropy and MSE
+    ranges, the power of each token for the inputs of MatMul and Gemm, the mean of each channel for
+    bias correction, its extremes where the target needs to know which products can saturate.
+
+    Attributes:
+        channel_means: also collect the mean of each input channel of linear sites.
+    """
+
+    name: ClassVar[str] = "insert-observers"
+    contract: ClassVar[Contract] = Contract.EQUIVALENT
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
+    provides: ClassVar[frozenset[Stage]] = frozenset({Stage.OBSERVED})
+
+    channel_means: bool = False
+
+    def run(self, model: ir.Model, context: Context) -> bool:
+        found = [(v, s) for v in _values(model.graph) if (s := v.meta.get(SPEC) or static_use(v))]
+        for value, spec in found:
+            declare(model, OBSERVER)
+            self._observe(model, value, spec, context.target.saturates)
+        return bool(found)
+
+    def _observe(self, model: ir.Model, value: ir.Value, spec: QuantSpec, saturates: bool) -> None:
+        node = ir.node(
+            OBSERVER,
+            inputs=[value],
+            domain="qgraph",
+            outputs=[ir.Value(name=f"{value.name}/observed", shape=value.shape, type=value.type)],
+            name=f"{value.name}/observer",
+        )
+        node.meta[WANTED] = self._wanted(value, spec, saturates)
+        producer = value.producer()
+        if producer is None:
+            model.graph.insert_before(model.graph[0], node)
+        else:
+            model.graph.insert_after(producer, node)
+        observed = node.outputs[0]
+        observed.meta.update(value.meta)
+        for use in [u for u in value.uses() if u.node is not node]:
+            use.node.replace_input_with(use.idx, observed)
+
+    def _wanted(self, value: ir.Value, spec: QuantSpec, saturates: bool) -> Wanted:
+        users = [s for u in value.uses() if (s := site_of(u.node)) and s.x_index == u.idx]
+        linear = any(s.kind in ("matmul", "gemm") for s in users)
+        axis = (-1 if linear else 1) if users else None
+        return Wanted(
+            histogram=spec.observer in ("percentile", "entropy", "mse"),
+            channel_mean_axis=axis if self.channel_means else None,
+            token_power=linear,
+            channel_range_axis=axis if saturates else None,
+        )
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from list(graph.inputs)
+    for node in list(graph):
+        yield from node.outputs

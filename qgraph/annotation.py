@@ -1,0 +1,80 @@
+"""Where quantization lives between `annotate` and `insert-qdq`: in the meta of values and nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from qgraph.analysis import Site
+from qgraph.graph import constant, is_op, nodes
+from qgraph.spec import PerAxis, QuantSpec
+
+SPEC = "qgraph.spec"
+"""Key in `value.meta`: quantize this value, for all its users."""
+IN = "qgraph.in"
+"""Key in `node.meta`: quantize input `index` of this node as `spec`, `{index: spec}`."""
+
+STATS = "qgraph.stats"
+"""Key in `value.meta`: what calibration found, a :class:`qgraph.observers.Stats`."""
+
+MOVES = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
+"""Operators that move values without computing new ones: input and output share a scale."""
+
+
+def describe(activation: QuantSpec | None, weight: QuantSpec) -> str:
+    """How a site is quantized, in words for a remark."""
+    data = "float activations" if activation is None else f"activations {_words(activation)}"
+    return f"weights {_words(weight)}, {data}"
+
+
+def _words(spec: QuantSpec) -> str:
+    granularity = "per-channel" if isinstance(spec.granularity, PerAxis) else str(spec.granularity)
+    when = "dynamic " if spec.observer == "dynamic" else ""
+    return f"{when}{spec.dtype.name.lower()} {granularity}"
+
+
+def commit_to(site: Site, activation: QuantSpec | None, weight: QuantSpec) -> None:
+    """Record the specs of one site: per use on the node, and on the output of a static convolution,
+    whose integer kernel writes integers."""
+    wanted = {site.w_index: weight}
+    if activation is not None:
+        wanted[site.x_index] = activation
+    site.node.meta[IN] = wanted
+    if activation is not None and activation.observer != "dynamic" and site.kind == "conv":
+        output_value(site.node).meta[SPEC] = activation
+
+
+def retract(site: Site) -> None:
+    """Make the site float again."""
+    site.node.meta.pop(IN, None)
+    output_value(site.node).meta.pop(SPEC, None)
+
+
+def output_value(node: ir.Node) -> ir.Value:
+    """Where the node's result is quantized: behind an activation that integer clamping can absorb."""
+    value = node.outputs[0]
+    while len(uses := list(value.uses())) == 1 and not value.is_graph_output():
+        user = uses[0].node
+        if not is_op(user, "Relu", "Clip") or uses[0].idx != 0:
+            break
+        value = user.outputs[0]
+    return value
+
+
+def static_use(value: ir.Value) -> QuantSpec | None:
+    """The static spec that some user of a computed value wants for it, or None."""
+    if constant(value) is not None:
+        return None
+    for use in value.uses():
+        spec: QuantSpec | None = use.node.meta.get(IN, {}).get(use.idx)
+        if spec is not None and spec.observer != "dynamic":
+            return spec
+    return None
+
+
+def annotated(model: ir.Model) -> Iterator[tuple[ir.Node, dict[int, QuantSpec]]]:
+    """Every node with specs on its inputs."""
+    for node in nodes(model):
+        if IN in node.meta:
+            yield node, node.meta[IN]

@@ -1,0 +1,397 @@
+"""The command `qgraph`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import warnings
+from dataclasses import MISSING, fields
+from inspect import Parameter, getdoc, signature
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from qgraph.errors import QGraphError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qgraph.context import Context
+    from qgraph.pass_manager import Hook, Pass
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="A compiler for quantized neural networks.",
+)
+
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="ONNX file, or folder of onnxruntime-genai.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to save; must not exist.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", "-c", metavar="DATA", help=".npz (axis 0: samples) or folder of .npz."
+    ),
+]
+TargetName = Annotated[str, typer.Option("--target", "-t", help="See `qgraph targets`.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Use at most so many calibration feeds.")]
+Seed = Annotated[int, typer.Option(help="For everything random.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder that keeps calibration statistics.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Check the model after every pass.")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    Errors that a user can act on are one line on stderr and status 2; an interrupt is 130.
+
+    Args:
+        arguments: instead of those of the process.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries, about themselves
+    try:
+        status = app(arguments, standalone_mode=False, prog_name="qgraph")
+    except (QGraphError, typer.TyperException) as error:
+        return _complain(
+            error.format_message() if isinstance(error, typer.TyperException) else error
+        )
+    except OSError as error:
+        return _complain(
+            ": ".join(filter(None, [str(error.filename or ""), error.strerror])) or error
+        )
+    except MemoryError:
+        return _complain("out of memory: try --max-memory or a smaller model")
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    if status == 130:
+        print("qgraph: interrupted", file=sys.stderr)
+    return int(status or 0)
+
+
+def _complain(problem: object) -> int:
+    print("qgraph:", " ".join(str(problem).split()), file=sys.stderr)
+    return 2
+
+
+# ------------------------------------------------------------------------------ the commands
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """A compiler for quantized neural networks."""
+    if version:
+        from qgraph.report import versions
+
+        print(" ".join(f"{name} {number}" for name, number in versions().items()))
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def compile(
+    model: ModelArgument,
+    output: Output,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="See `qgraph recipes`.")] = "static",
+    calibration: Calibration = None,
+    target: TargetName = "cpu",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Parameter of the recipe; repeatable."),
+    ] = None,
+    samples: Samples = None,
+    seed: Seed = 0,
+    cache: Cache = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Hold at most so much at once: 2G, 500M.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all remarks.")] = None,
+    verify: Verify = False,
+) -> None:
+    """Quantize a model by a recipe and save it for a target."""
+    import qgraph
+    from qgraph.model_io import check_output
+    from qgraph.progress import display
+    from qgraph.report import Compilation, human_size, to_html, to_json
+
+    parameters = _recipe_parameters(recipe, set_ or [])
+    memory = None if max_memory is None else _bytes(max_memory)
+    source = qgraph.load(model)
+    check_output(source, output)
+    for page in (report, json):
+        if page is not None:
+            _check_file(page, others={model, output, *{report, json} - {page}})
+    compiled = qgraph.compile(
+        source,
+        recipe,
+        calibration,
+        target,
+        samples=samples,
+        seed=seed,
+        cache=cache,
+        max_memory=memory,
+        verify=verify,
+        progress=display(),
+        **parameters,
+    )
+    compiled.save(output)
+    result = Compilation(
+        model=str(model),
+        output=str(output),
+        recipe=recipe,
+        target=target,
+        bytes_before=_size(source),
+        bytes_after=_size(qgraph.load(output)),
+        remarks=compiled.remarks,
+        parameters=parameters,
+    )
+    if report is not None:
+        _write(report, to_html(result))
+    if json is not None:
+        _write(json, to_json(result))
+    print(compiled.remarks.summary())
+    print(
+        f"{human_size(result.bytes_before)} -> {human_size(result.bytes_after)}, saved as {output}"
+    )
+
+
+@app.command()
+def opt(
+    model: ModelArgument,
+    output: Output,
+    passes: Annotated[
+        str,
+        typer.Option(
+            "--passes", "-p", metavar="PIPELINE", help="first,second{key=value},module:Class"
+        ),
+    ],
+    target: TargetName = "cpu",
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seed: Seed = 0,
+    cache: Cache = None,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PASS", help="Print the model after this pass, or after `all`; repeatable."
+        ),
+    ] = None,
+    verify: Verify = False,
+) -> None:
+    """Run a pipeline of passes on a model."""
+    import qgraph
+    from qgraph.backends import get_target
+    from qgraph.context import Context
+    from qgraph.feeds import open_calibration
+    from qgraph.model_io import check_output, save
+    from qgraph.pipeline import parse_pipeline
+    from qgraph.progress import display
+
+    pipeline = parse_pipeline(passes)
+    shown = set(print_after or [])
+    if unknown := sorted(shown - {step.name for step in pipeline} - {"all"}):
+        raise QGraphError(f"--print-after {unknown[0]}: the pipeline has no such pass")
+    manager = qgraph.PassManager(pipeline, verify=verify, after=[_printer(shown)] if shown else [])
+    aim, source = get_target(target), qgraph.load(model)
+    check_output(source, output)
+    feeds = None if calibration is None else open_calibration(calibration, source, samples=samples)
+    context = Context(aim, feeds, seed=seed, cache=cache, progress=display())
+    manager.run(source, context)
+    save(source, output)
+    print(context.remarks.summary() or "no site was quantized")
+    print(f"saved as {output}")
+
+
+@app.command()
+def inspect(model: ModelArgument) -> None:
+    """Show what a model is made of and where it can be quantized."""
+    import qgraph
+    from qgraph.inspection import describe
+
+    _show(describe(qgraph.load(model)))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes and their parameters."""
+    from qgraph.inspection import row, table
+    from qgraph.recipes import RECIPES
+
+    made = table("recipe", "parameters", "")
+    for name, recipe in RECIPES.items():
+        shown = [
+            f"{p.name}={p.default}" for p in signature(recipe).parameters.values() if _settable(p)
+        ]
+        row(made, name, "\n".join(shown), _first_line(recipe))
+    _show(made)
+
+
+@app.command()
+def passes() -> None:
+    """List the passes that a pipeline can be made of."""
+    from qgraph.inspection import row, table
+    from qgraph.pipeline import all_passes
+
+    made = table("pass", "contract", "parameters", "")
+    for name, step in sorted(all_passes().items()):
+        row(made, name, step.contract, "\n".join(_pass_parameters(step)), _first_line(step))
+    _show(made)
+
+
+@app.command()
+def targets() -> None:
+    """List the targets, and what has been measured on this machine."""
+    from qgraph.backends import TARGETS, cpu
+    from qgraph.inspection import row, table
+
+    made = table("target", "")
+    for name, description in TARGETS:
+        row(made, name, description)
+    _show(made)
+    print(cpu.describe())
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="A B...", help="The first is the measure.")
+    ],
+    calibration: Calibration = None,
+    samples: Samples = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each model runs.")] = 15,
+    seed: Seed = 0,
+) -> None:
+    """Compare the speed and the outputs of models with those of the first."""
+    import qgraph
+    from qgraph.bench import benchmark
+    from qgraph.feeds import first_feed, open_calibration
+    from qgraph.inspection import row, table
+    from qgraph.progress import display
+
+    loaded = [qgraph.load(model) for model in models]
+    if calibration is None:
+        feeds = [first_feed(loaded[0], None, seed)]
+    else:
+        feeds = [dict(f) for f in islice(open_calibration(calibration, loaded[0]), samples)]
+    results = benchmark(models, feeds, rounds, progress=display())
+    made = table("model", "speed", "quartiles", "SQNR", "ms here and now", right=("speed", "SQNR"))
+    for result in results:
+        spread = f"{result.low:.2f} to {result.high:.2f}"
+        sqnr = f"{result.sqnr_db:.1f} dB"
+        row(made, result.name, f"{result.speedup:.2f}x", spread, sqnr, f"{result.milliseconds:.2f}")
+    _show(made)
+    if calibration is None:
+        print("on random inputs: give -c DATA for typical ones")
+
+
+# ---------------------------------------------------------------------------------- helpers
+
+
+def _show(content: RenderableType) -> None:
+    """Print; into a pipe with the width that the content needs."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(content, highlight=False)
+
+
+def _first_line(thing: object) -> str:
+    return (getdoc(thing) or "").partition("\n")[0]
+
+
+def _settable(parameter: Parameter) -> bool:
+    """Whether a recipe's parameter can be written as text: the others are for Python."""
+    return parameter.default is None or isinstance(parameter.default, bool | int | float | str)
+
+
+def _pass_parameters(step: type[Pass]) -> list[str]:
+    return [
+        f.name if f.default is MISSING else f"{f.name}={f.default}" for f in fields(step) if f.init
+    ]
+
+
+def _recipe_parameters(recipe: str, pairs: list[str]) -> dict[str, Any]:
+    """The `--set` options as keyword arguments of the recipe."""
+    from qgraph.pipeline import convert
+    from qgraph.recipes import RECIPES, get_recipe
+
+    if recipe not in RECIPES:
+        get_recipe(recipe, {})  # says which there are
+    known = {p.name: p for p in signature(RECIPES[recipe], eval_str=True).parameters.values()}
+    settable = [name for name, parameter in known.items() if _settable(parameter)]
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise QGraphError(f"--set {pair}: write it as key=value")
+        if key not in settable:
+            raise QGraphError(
+                f"recipe '{recipe}' has no parameter '{key}': it has {', '.join(settable)}"
+            )
+        try:
+            values[key] = convert(known[key].annotation, text)
+        except ValueError as error:
+            raise QGraphError(f"--set {pair}: '{key}' {error}") from None
+    get_recipe(recipe, values)  # refuses values out of range
+    return values
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise QGraphError(f"--max-memory {text}: write a size like 2G or 500M")
+    return int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
+
+
+def _size(model: ir.Model) -> int:
+    """Bytes of the files that a model was loaded from."""
+    from qgraph.model_io import DATA, SOURCE
+
+    return sum(path.stat().st_size for path in (model.meta[SOURCE], *model.meta[DATA]))
+
+
+def _printer(shown: set[str]) -> Hook:
+    def show(step: Pass, model: ir.Model, context: Context) -> None:
+        from qgraph.text import to_text
+
+        if shown & {step.name, "all"}:
+            print(f"// after {step}\n{to_text(model)}")
+
+    return show
+
+
+def _check_file(path: Path, others: set[Path | None]) -> None:
+    """Fail now rather than after long work if `path` cannot be written."""
+    if path.is_dir():
+        raise QGraphError(f"{path} is a folder: name a file")
+    if any(other is not None and other.resolve() == path.resolve() for other in others):
+        raise QGraphError(f"{path} is named twice: give every output its own file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise QGraphError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file aside and rename it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise QGraphError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,113 @@
+"""The result of a compilation: call it, save it, ask what happened."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.context import Feed, Remarks
+from qgraph.errors import QGraphError
+from qgraph.feeds import first_feed
+from qgraph.kv_cache import complete_feed, required_inputs
+from qgraph.model_io import save
+from qgraph.session import open_session
+
+if TYPE_CHECKING:
+    from qgraph.bench import Result
+
+
+class CompiledModel:
+    """A quantized model that runs in stock onnxruntime.
+
+    Attributes:
+        model: the lowered IR.
+        remarks: what happened to every site, and why.
+        recipe, target: names of what it was compiled with.
+    """
+
+    def __init__(
+        self, model: ir.Model, remarks: Remarks, *, recipe: str = "", target: str = ""
+    ) -> None:
+        self.model = model
+        self.remarks = remarks
+        self.recipe = recipe
+        self.target = target
+
+    @cached_property
+    def session(self) -> Any:
+        """The `onnxruntime.InferenceSession` behind calls, opened on first use."""
+        return open_session(self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Args:
+            *args: inputs in the model's order, or one dict by input name.
+            **kwargs: inputs by name. Past key/value inputs, attention mask and position ids of a
+                language model are filled in where missing.
+
+        Returns:
+            the output, or a list of them: torch tensors if a torch tensor was given, else arrays.
+        """
+        named = dict(args[0]) if len(args) == 1 and isinstance(args[0], dict) else {}
+        if not named:
+            names = [v.name for v in required_inputs(self.model)]
+            if len(args) > len(names):
+                raise QGraphError(
+                    f"{len(args)} inputs given, the model takes {len(names)}: {names}"
+                )
+            named = dict(zip(names, args, strict=False))
+        named.update(kwargs)
+        torch = sys.modules.get("torch")
+        tensors = torch is not None and any(isinstance(v, torch.Tensor) for v in named.values())
+        feed = {k: _array(v) for k, v in named.items()}
+        outputs = self.session.run(None, complete_feed(self.model, feed))
+        if tensors and torch is not None:
+            outputs = [torch.from_numpy(np.ascontiguousarray(o)) for o in outputs]
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def save(self, path: str | Path) -> Path:
+        """Write an ONNX file, or a folder if the model came as one; atomic, and checked by reloading.
+
+        Returns:
+            the path written.
+        """
+        save(self.model, path)
+        return Path(path)
+
+    def benchmark(
+        self,
+        *others: str | Path | CompiledModel,
+        feeds: Iterable[Feed] | None = None,
+        rounds: int = 15,
+    ) -> list[Result]:
+        """Time this model against its float source and `others`, interleaved in one process.
+
+        Args:
+            others: further models to run beside it.
+            feeds: inputs to run with; one random feed if None.
+            rounds: how often each model runs.
+
+        Returns:
+            one result a model, the float source first: ratios, not absolute times.
+        """
+        from qgraph.bench import benchmark
+
+        source = self.model.meta.get("qgraph.source")
+        rivals = [*([source] if source else []), self, *others]
+        models = [m.model if isinstance(m, CompiledModel) else m for m in rivals]
+        given = list(feeds) if feeds is not None else [first_feed(self.model, None, 0)]
+        return benchmark(models, given, rounds=rounds)
+
+    def __repr__(self) -> str:
+        return f"CompiledModel(recipe={self.recipe!r}, target={self.target!r})\n{self.remarks.summary()}"
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)

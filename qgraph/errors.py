@@ -1,0 +1,26 @@
+"""Errors that a user can act on.
+
+Every error that qgraph raises on purpose is a :class:`QGraphError`, and its message is one line that
+says what is wrong and what to do. The command line prints that line and exits with status 2;
+any other exception is a bug in qgraph.
+"""
+
+
+class QGraphError(Exception):
+    """Something the user gave cannot be used; the message says what, and what to do."""
+
+
+class ModelError(QGraphError):
+    """A model cannot be read, written or understood."""
+
+
+class CalibrationError(QGraphError):
+    """Calibration data is missing or does not fit the model."""
+
+
+class PipelineError(QGraphError):
+    """A pipeline of passes is misspelt or in an order that cannot work."""
+
+
+class VerificationError(QGraphError):
+    """A pass broke its contract; the message names the pass, the node and the size of the error."""

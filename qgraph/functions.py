@@ -1,0 +1,104 @@
+"""Operators of the `qgraph` domain: model-local ONNX functions whose bodies are their meaning.
+
+What ONNX cannot say in one operator is a call of one of these. Any runtime can run the call through
+its body; a lowering replaces it by something faster that must agree with the body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.graph import opset
+from qgraph.numerics import SMALLEST_SCALE, TOKEN_STEP, TOKEN_ZERO_POINT
+
+DOMAIN = "qgraph"
+OBSERVER = "Observer"
+QUANTIZE_PER_TOKEN = "QuantizePerToken"
+DEQUANTIZE_PER_TOKEN = "DequantizePerToken"
+
+
+class _Body:
+    """Collects the nodes of a function body."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+
+    def op(
+        self, op_type: str, *inputs: ir.Value, **attributes: int | list[int] | ir.Attr
+    ) -> ir.Value:
+        node = ir.node(op_type, inputs=list(inputs), attributes=attributes or None)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        return self.op("Constant", value=ir.AttrTensor("value", ir.Tensor(array)))
+
+    def max_last(self, x: ir.Value, version: int) -> ir.Value:
+        """ReduceMax over the last axis, which became an input in opset 18."""
+        if version >= 18:
+            return self.op("ReduceMax", x, self.constant(np.array([-1], np.int64)), keepdims=1)
+        return self.op("ReduceMax", x, axes=[-1], keepdims=1)
+
+
+def _observer(version: int) -> ir.Function:
+    x, body = ir.Value(name="x"), _Body()
+    return _function(OBSERVER, [x], [body.op("Identity", x)], body, version)
+
+
+def _quantize_per_token(version: int) -> ir.Function:
+    """(x) -> (q uint8, largest): see :func:`qgraph.numerics.quantize_per_token`."""
+    x, body = ir.Value(name="x"), _Body()
+    largest = body.max_last(body.op("Abs", x), version)
+    largest = body.op("Max", largest, body.constant(SMALLEST_SCALE))
+    step, zero = body.constant(TOKEN_STEP), body.constant(np.uint8(TOKEN_ZERO_POINT))
+    q = body.op("QuantizeLinear", body.op("Div", x, largest), step, zero)
+    return _function(QUANTIZE_PER_TOKEN, [x], [q, largest], body, version)
+
+
+def _dequantize_per_token(version: int) -> ir.Function:
+    """(q, largest) -> x: see :func:`qgraph.numerics.dequantize_per_token`."""
+    q, largest, body = ir.Value(name="q"), ir.Value(name="largest"), _Body()
+    step, zero = body.constant(TOKEN_STEP), body.constant(np.uint8(TOKEN_ZERO_POINT))
+    y = body.op("Mul", body.op("DequantizeLinear", q, step, zero), largest)
+    return _function(DEQUANTIZE_PER_TOKEN, [q, largest], [y], body, version)
+
+
+_MAKERS: dict[str, Callable[[int], ir.Function]] = {
+    OBSERVER: _observer,
+    QUANTIZE_PER_TOKEN: _quantize_per_token,
+    DEQUANTIZE_PER_TOKEN: _dequantize_per_token,
+}
+
+
+def _function(
+    name: str, inputs: list[ir.Value], outputs: list[ir.Value], body: _Body, version: int
+) -> ir.Function:
+    graph = ir.Graph(inputs, outputs, nodes=body.nodes, opset_imports={"": version}, name=name)
+    return ir.Function(domain=DOMAIN, name=name, graph=graph, attributes=[])
+
+
+def declare(model: ir.Model, name: str) -> None:
+    """Make sure that `model` carries the function `name` of the qgraph domain."""
+    model.opset_imports.setdefault(DOMAIN, 1)
+    key = (DOMAIN, name, "")
+    if key not in model.functions:
+        model.functions[key] = _MAKERS[name](opset(model))
+
+
+def undeclare_unused(model: ir.Model) -> None:
+    """Drop qgraph functions, and the domain import, that no node calls any more."""
+    from qgraph.graph import nodes
+
+    called = {(n.domain, n.op_type) for n in nodes(model) if n.domain == DOMAIN}
+    for key in [k for k in model.functions if k[0] == DOMAIN and (k[0], k[1]) not in called]:
+        del model.functions[key]
+    if not called:
+        model.opset_imports.pop(DOMAIN, None)
+
+
+def is_call(node: ir.Node | None, name: str) -> bool:
+    """Whether `node` calls the qgraph function `name`."""
+    return node is not None and node.domain == DOMAIN and node.op_type == name

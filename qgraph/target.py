@@ -1,0 +1,58 @@
+"""What a backend promises to the passes: which quantized operators run, and how fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qgraph.analysis import Site
+    from qgraph.context import Context
+    from qgraph.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target's answer to "can you run this site quantized like this, and does it pay?".
+
+    Attributes:
+        ok: quantize it.
+        reason: one sentence, for the remarks.
+        speedup: float time / quantized time as measured, or 0.0 where nothing was measured.
+    """
+
+    ok: bool
+    reason: str
+    speedup: float = 0.0
+
+
+class Target(Protocol):
+    """A backend on a concrete machine.
+
+    Attributes:
+        name: as the user writes it: `cpu`, `cpu:avx2`, `onnx`, ...
+        saturates: u8·s8 products are added in pairs in int16 (x86 without VNNI), so two large
+            products can overflow; weights must be repaired where that can happen.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def saturates(self) -> bool: ...
+
+    def supports(
+        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
+    ) -> Verdict:
+        """Whether to quantize `site` with these specs (`activation=None`: weight only)."""
+        ...
+
+    def supports_glue(self, node: ir.Node) -> bool:
+        """Whether `node` (Add, Concat, pooling, ...) has an integer kernel worth joining islands with."""
+        ...
+
+    def legalize(self, model: ir.Model, context: Context) -> bool:
+        """Replace committed quantization by what the target runs fastest; True if anything changed."""
+        ...

@@ -1,0 +1,76 @@
+"""Tensors in the text form of a model: elements as text, and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+
+def content_hash(tensor: ir.TensorProtocol) -> str:
+    """Eight hex digits that depend on dtype, shape and data alone."""
+    digest = hashlib.blake2b(f"{tensor.dtype.name}{tensor.shape.numpy()}".encode(), digest_size=4)
+    if tensor.dtype == ir.DataType.STRING:
+        digest.update(repr(strings_of(tensor)).encode())
+    else:
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def strings_of(tensor: ir.TensorProtocol) -> list[bytes]:
+    """The items of a string tensor, in C order."""
+    # numpy's own fixed-width strings would drop NUL bytes at the end.
+    items = tensor.string_data() if isinstance(tensor, ir.StringTensor) else tensor.numpy().flat
+    return [item.encode() if isinstance(item, str) else bytes(item) for item in items]
+
+
+def elements_of(tensor: ir.TensorProtocol) -> list[str]:
+    """The shortest text of each element in C order; complex ones as real and imaginary parts."""
+    array = tensor.numpy().reshape(-1)
+    if array.dtype.kind == "c":
+        array = array.view(array.real.dtype)
+    if array.dtype.kind == "b":
+        return ["true" if item else "false" for item in array]
+    if tensor.dtype.is_integer():
+        return [str(int(item)) for item in array]
+    wide = array if array.dtype == np.float64 else array.astype(np.float32)
+    return [str(item) for item in wide]
+
+
+def tensor_from(
+    dtype: ir.DataType, shape: Sequence[int], elements: Sequence[str]
+) -> ir.TensorProtocol:
+    """A tensor from the text of its elements (of complex numbers: real and imaginary parts).
+
+    Raises:
+        ValueError: an element is no number of this dtype, or their count does not fit `shape`.
+    """
+    array: np.ndarray
+    kind = dtype.numpy()
+    if dtype == ir.DataType.BOOL:
+        array = np.array([("false", "true").index(e) for e in elements], kind)
+    elif dtype.is_integer():
+        wide = np.array([int(e) for e in elements], np.int64 if dtype.bitwidth < 8 else kind)
+        array = wide.astype(kind)
+        if (array.astype(wide.dtype) != wide).any():
+            raise ValueError("a number is out of range")
+    elif kind.kind == "c":
+        real = np.zeros(0, kind).real.dtype
+        array = np.array([float(e) for e in elements], real).view(kind)
+    else:
+        with np.errstate(over="ignore"):
+            array = np.array([float(e) for e in elements], np.float64).astype(kind)
+    return ir.Tensor(array.reshape(tuple(shape)), dtype=dtype)
+
+
+def tensor_from_bytes(dtype: ir.DataType, shape: Sequence[int], data: bytes) -> ir.TensorProtocol:
+    """A tensor that views its bytes: little endian, elements below 8 bits packed.
+
+    Raises:
+        ValueError: there are not as many bytes as `shape` says.
+    """
+    if dtype.bitwidth < 8:
+        return ir.PackedTensor(np.frombuffer(data, np.uint8), dtype, shape=shape)
+    return ir.Tensor(np.frombuffer(data, dtype.numpy()).reshape(tuple(shape)), dtype=dtype)

@@ -1,0 +1,157 @@
+"""The zoo's metrics are right, and its float models score what they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import metrics, tasks, zoo
+from benchmarks.zoo import Array
+
+
+def test_cached_builds_once_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QGRAPH_CACHE_ZOO", str(tmp_path))
+
+    def fail(out: Path) -> None:
+        out.write_text("half")
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        zoo._cached("entry", fail)
+    assert not (tmp_path / "entry").exists()
+    assert zoo._cached("entry", lambda out: out.mkdir()) == tmp_path / "entry"
+    assert zoo._cached("entry", fail).is_dir()
+    assert capsys.readouterr().err.count("zoo: building") == 2
+
+
+def test_sqnr_and_cosine_of_a_known_error() -> None:
+    reference = np.array([[3.0, 4.0]])
+    assert metrics.sqnr_db(reference, reference) == np.inf
+    assert metrics.sqnr_db(reference, reference * 0.9) == pytest.approx(20)
+    assert metrics.mean_cosine(reference, reference * 0.9) == pytest.approx(1)
+
+
+def test_agreement_counts_equal_argmax() -> None:
+    assert metrics.agreement(np.eye(4), np.eye(4)[[0, 1, 3, 2]]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "area"),
+    [([1, 2, 3, 4], [0, 0, 1, 1], 1.0), ([1, 1], [0, 1], 0.5), ([1, 2, 3], [1, 0, 1], 0.5)],
+)
+def test_roc_auc(scores: list[float], labels: list[int], area: float) -> None:
+    assert metrics.roc_auc(np.array(scores), np.array(labels)) == area
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"), [("", "ab", 2), ("kitten", "sitting", 3), ("ab", "ab", 0)]
+)
+def test_edit_distance(a: str, b: str, distance: int) -> None:
+    assert metrics.edit_distance(a, b) == metrics.edit_distance(b, a) == distance
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
+    def uniform(feed: tasks.Feed) -> list[Array]:
+        return [np.zeros((*feed["input_ids"].shape, 7), np.float32)]
+
+    chunks = np.arange(10).reshape(2, 5) % 7
+    assert tasks.perplexity(uniform, chunks) == pytest.approx(7)
+
+
+def test_fit_drops_strangers_and_adds_an_empty_cache() -> None:
+    feed = {"input_ids": np.ones((1, 5), np.int64), "sr": np.array(16_000)}
+    shapes: dict[str, list[int | str]] = {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total"],
+        "position_ids": ["batch", "sequence"],
+        "past_key_values.0.key": ["batch", 3, "past", "width"],
+    }
+    fitted = tasks.fit(feed, shapes)
+    assert fitted.keys() == shapes.keys()
+    assert fitted["past_key_values.0.key"].shape == (1, 3, 0, tasks.HEAD_SIZE)
+    assert fitted["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.slow
+def test_efficientnet_lite0() -> None:
+    run = tasks.session(zoo.efficientnet_lite0_onnx())
+    assert tasks.top1(run) == 117
+    images = {feed["inputs"].tobytes() for feed in tasks.images_eval()}
+    assert not images & {feed["inputs"].tobytes() for feed in tasks.images_calibration()}
+
+
+@pytest.mark.slow
+def test_efficientnet_lite0_module_and_onnx_agree() -> None:
+    module, _ = zoo.efficientnet_lite0_module()
+    run = tasks.session(zoo.efficientnet_lite0_onnx(), optimized=False)
+    feed = tasks.images_eval()[0]
+    assert metrics.sqnr_db(tasks.module_runner(module)(feed)[0], run(feed)[0]) > 90
+
+
+@pytest.mark.slow
+def test_minilm_module_and_onnx_agree() -> None:
+    module, _, _ = zoo.minilm_module()
+    run = tasks.session(zoo.minilm_onnx())
+    assert tasks.embedding_cosine(tasks.module_runner(module), run) > 0.999999
+
+
+@pytest.mark.slow
+def test_ppocr() -> None:
+    assert tasks.rec_cer(tasks.session(zoo.ppocr("rec"))) < 0.003
+    assert tasks.cls_accuracy(tasks.session(zoo.ppocr("cls"))) > 0.93
+    det = tasks.session(zoo.ppocr("det"))
+    assert tasks.det_iou(det, tasks.session(zoo.ppocr("det"), optimized=False)) > 0.999
+    assert not set(tasks.text_lines("eval")) & set(tasks.text_lines("calibration"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in zoo.SILERO_MODELS if "sequence" not in n])
+def test_silero(name: str) -> None:
+    assert tasks.silero_auc(tasks.session(zoo.silero_vad(name))) > 0.998
+
+
+@pytest.mark.slow
+def test_silero_calibration_carries_the_state() -> None:
+    feeds = tasks.silero_calibration(zoo.silero_vad("silero_vad_openvino_16k.onnx"), 16)
+    assert len(feeds) == 16
+    assert feeds[-1].keys() == {"input", "state"}
+    assert np.any(feeds[-1]["state"])
+
+
+@pytest.mark.slow
+def test_magika() -> None:
+    assert tasks.magika_accuracy(tasks.session(zoo.magika())) > 0.98
+    assert len(tasks.magika_calibration()) == 128
+
+
+@pytest.mark.slow
+def test_smollm2() -> None:
+    run = tasks.session(zoo.smollm2_genai(), threads=2)
+    assert tasks.perplexity(run, tasks.smollm2_chunks(n=4, text="lee")) == pytest.approx(
+        25.337, rel=1e-3
+    )
+    (feed,) = tasks.smollm2_calibration(zoo.smollm2_genai(), 1, 64)
+    assert len(feed) == 62
+    assert run(feed)[0].shape == (1, 64, 49152)
+
+
+@pytest.mark.slow
+def test_light_models_load() -> None:
+    models = zoo.light_models()
+    assert len(models) == 9
+    feed = {"data_0": np.zeros((1, 3, 224, 224), np.float32)}
+    assert tasks.session(models["squeezenet"])(feed)[0].shape == (1, 1000, 1, 1)
+
+
+@pytest.mark.slow
+def test_texts_and_digits() -> None:
+    images, labels = zoo.mnist()
+    assert images.shape == (5000, 28, 28)
+    assert np.bincount(labels).tolist() == [500] * 10
+    assert len(zoo.lee_documents()) == 300
+    assert 900_000 < len(zoo.handbook_prose()) < 1_100_000
+    assert zoo.kjv().startswith("In the beginning God created")
