@@ -10,7 +10,17 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qgraph.functions import DEQUANTIZE_PER_TOKEN, DOMAIN, is_call, undeclare_unused
-from qgraph.graph import add_constant, array, attribute, insert, is_op, nodes, redirect
+from qgraph.graph import (
+    add_constant,
+    array,
+    attribute,
+    constant,
+    dims,
+    insert,
+    is_op,
+    nodes,
+    redirect,
+)
 from qgraph.numerics import TOKEN_STEP, TOKEN_ZERO_POINT
 
 MICROSOFT = "com.microsoft"
@@ -192,6 +202,45 @@ def _lower_table(model: ir.Model, node: ir.Node, dq: ir.Node, scales: np.ndarray
     graph = node.graph
     assert graph is not None
     graph.remove(node, safe=True)
+
+
+def shield_float(model: ir.Model) -> bool:
+    """Keep onnxruntime from quantizing what was left float on purpose.
+
+    Where a Conv, ConvTranspose or Gemm with a float weight reads a DequantizeLinear of one scale,
+    onnxruntime rounds its weight to int8 per tensor on loading (its WeightBiasQuantization), without
+    asking: EfficientNet-lite0 falls from 23 to 8 dB. A dequantization with the same scale written
+    out for each channel means the same and is left alone::
+
+        q ── DQ(s) ── Conv(W:f32)          q ── DQ([s, s, ... s], axis=1) ── Conv(W:f32)
+    """
+    changed = False
+    for node in nodes(model):
+        value = node.inputs[0] if node.inputs else None
+        dq = value.producer() if value is not None else None
+        if not is_op(node, "Conv", "ConvTranspose", "Gemm") or not is_op(dq, "DequantizeLinear"):
+            continue
+        weight = constant(node.inputs[1])
+        assert dq is not None
+        scale, zero = (array(v) for v in dq.inputs[1:3]) if len(dq.inputs) > 2 else (None, None)
+        if weight is None or weight.dtype != ir.DataType.FLOAT or scale is None or zero is None:
+            continue
+        channels = dims(value)[1] if len(dims(value)) > 1 else None
+        if scale.size != 1 or channels in (None, 1):
+            continue
+        assert isinstance(channels, int)
+        parameters = [
+            add_constant(model, f"{value.name}_channels", np.full(channels, p.reshape(()), p.dtype))  # type: ignore[union-attr]
+            for p in (scale, zero)
+        ]
+        shielded = insert(
+            model, node, "DequantizeLinear", [dq.inputs[0], *parameters],
+            base=f"{value.name}_float", attributes={"axis": 1},  # type: ignore[union-attr]
+        )  # fmt: skip
+        shielded.outputs[0].type, shielded.outputs[0].shape = value.type, value.shape  # type: ignore[union-attr]
+        node.replace_input_with(0, shielded.outputs[0])
+        changed = True
+    return changed
 
 
 def inline_functions(model: ir.Model) -> bool:

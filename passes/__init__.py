@@ -13,6 +13,7 @@ from qgraph.passes.equalize import Equalize
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
 from qgraph.passes.fold_constants import FoldConstants
 from qgraph.passes.fold_qdq import FoldQDQ
+from qgraph.passes.fuse import Fuse
 from qgraph.passes.guard_static import GuardStatic
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
@@ -28,6 +29,7 @@ ALL: tuple[type[Pass], ...] = (
     FoldBatchNorm,
     FoldConstants,
     FoldQDQ,
+    Fuse,
     GuardStatic,
     InsertObservers,
     InsertQDQ,

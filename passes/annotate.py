@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from qgraph.analysis import FLOATS, Site, SiteKind, nested, sites
-from qgraph.annotation import IN, SPEC, commit_to, describe, output_value, static_use
+from qgraph.analysis import FLOATS, Site, SiteKind, nested, site_of, sites
+from qgraph.annotation import IN, SPEC, commit_to, describe, output_value, retract, static_use
 from qgraph.context import Context
-from qgraph.graph import constant, dims, is_op
+from qgraph.graph import constant, dims, is_op, node_name, nodes
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.spec import PerAxis, PerTensor, PerToken, QuantSpec, RangeMethod
 
@@ -71,6 +71,7 @@ _ATTENTION = "both operands are computed: quantizing them costs more than the pr
 _RECURRENT = (
     "recurrent: errors of its weights add up over time steps, and the target has no faster kernel"
 )
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 SMALL_TABLE = 1 << 16
 """A lookup table of fewer bytes is not worth quantizing."""
 
@@ -120,7 +121,12 @@ class Annotate(Pass):
         for site in sites(model):
             static = self.scheme == "static" and not nested(model, site.node)
             self._annotate(site, fixed if static else at_run_time, context)
+        for node in nodes(model):
+            if is_op(node, *_PRODUCTS) and site_of(node) is None:
+                why = "its weight is computed or not floating-point"
+                context.remark("float", self.name, node_name(node), node.op_type, why)
         if self.scheme == "static":
+            _weigh_convolutions(model, context)
             for node in model.graph:
                 if context.target.supports_glue(node):
                     _join(node, activation)
@@ -153,6 +159,27 @@ class Annotate(Pass):
             )
             return
         context.remark("float", self.name, site.name, op, reasons[0])
+
+
+def _weigh_convolutions(model: ir.Model, context: Context) -> None:
+    """Make all convolutions float again if together, weighed by their weights, they do not win.
+
+    One by one the target accepts slow ones too, since a float convolution between integer ones
+    costs two conversions; that is right only if the others win more.
+    """
+    quantized = {r.site: r for r in context.remarks.verdicts().values() if r.kind == "quantized"}
+    convolutions = [s for s in sites(model) if s.kind == "conv" and s.name in quantized]
+    speedups = [quantized[s.name].numbers.get("speedup", 0.0) for s in convolutions]
+    if not speedups or 0.0 in speedups:
+        return
+    sizes = [s.kn[0] * s.kn[1] for s in convolutions]
+    together = sum(sizes) / sum(n / x for n, x in zip(sizes, speedups, strict=True))
+    if together >= 1:
+        return
+    for site in convolutions:
+        retract(site)
+        why = f"int8 convolutions of this model together are {together:.2f}x float"
+        context.remark("float", Annotate.name, site.name, "Conv", why)
 
 
 def _unfit(site: Site) -> str | None:

@@ -14,8 +14,10 @@ MAIN_DOMAINS = ("", "ai.onnx")
 
 
 def graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
-    """The main graph, the bodies of all functions but qgraph's own, and every graph nested in them."""
-    for root in (model.graph, *(f for f in model.functions.values() if f.domain != "qgraph")):
+    """The main graph, the bodies of functions (but qgraph's own), and every graph nested in them."""
+    roots: list[ir.Graph | ir.Function] = [model.graph]
+    roots += [f for f in model.functions.values() if f.domain != "qgraph"]
+    for root in roots:
         yield root
         for node in root.all_nodes():
             for attribute in node.attributes.values():
@@ -74,7 +76,7 @@ def scope(node: ir.Node) -> ir.Graph:
     graph = node.graph
     if graph is None:
         raise ModelError(f"node '{node.name}' belongs to no graph")
-    return graph  # type: ignore[return-value]
+    return graph
 
 
 def main_graph(graph: ir.Graph | ir.Function, model: ir.Model) -> ir.Graph:
@@ -123,7 +125,7 @@ def add_constant(
         tensor.name = name
     value = ir.Value(
         name=name,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )
@@ -155,7 +157,7 @@ def insert(
     node = ir.node(
         op_type,
         inputs=list(inputs),
-        attributes=attributes,  # type: ignore[arg-type]
+        attributes=attributes,
         domain=domain,
         outputs=[ir.Value(name=name) for name in names],
         name=names[0],
@@ -218,7 +220,7 @@ def dims(value: ir.Value | None) -> list[int | None]:
 def attribute(node: ir.Node, name: str, default: int | float) -> int | float:
     """A number attribute, or `default` where it is absent."""
     found = node.attributes.get(name)
-    return default if found is None else found.value  # type: ignore[union-attr, return-value]
+    return default if found is None else found.value
 
 
 def infer_types(model: ir.Model) -> None:

@@ -503,8 +503,7 @@ def test_real_models_keep_their_results(name: str) -> None:
     given = first_feed(load(path), None, 0)
     before = run(open_session(load(path), optimized=False), given)
     model = load(path)
-    steps = [Canonicalize(), FoldBatchNorm(), ConvertOpset(21)]
-    manager = PassManager(steps)
+    manager = PassManager([Canonicalize(), FoldBatchNorm(), ConvertOpset(21)])
     manager.run(model, context())
     assert sum(timing.seconds for timing in manager.timings) < 10
     assert "BatchNormalization" not in {node.op_type for node in nodes(model)}
@@ -513,7 +512,7 @@ def test_real_models_keep_their_results(name: str) -> None:
     for optimized in (False, True):
         after = run(open_session(model, optimized=optimized), given)
         for old, new in zip(before, after, strict=True):
-            scale = max(np.abs(old).max(initial=0), 1e-3)
+            scale = max(np.abs(old).max(initial=0), 1e-2)
             np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-4 * scale)
     if name == "smollm2":
         assert {site.kind for site in sites(model)} == {"gather", "matmul"}

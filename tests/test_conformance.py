@@ -23,6 +23,7 @@ from qgraph.model_io import load
 from qgraph.pass_manager import PassManager
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
+from qgraph.passes.fuse import Fuse
 from qgraph.session import session_options
 from qgraph.target import Target
 
@@ -117,12 +118,12 @@ def close(a: Any, b: Any, rtol: float, atol: float) -> bool:
         return a is b
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.dtype.kind in "OUS" or b.dtype.kind in "OUS":
-        return a.shape == b.shape and a.tolist() == b.tolist()
+        return bool(a.shape == b.shape and a.tolist() == b.tolist())
     if a.dtype != b.dtype:
         return False
     if a.dtype.kind == "c":
-        return np.allclose(a, b, rtol, atol, equal_nan=True)
-    return np.allclose(a.astype(np.float64), b.astype(np.float64), rtol, atol, equal_nan=True)
+        return bool(np.allclose(a, b, rtol, atol, equal_nan=True))
+    return bool(np.allclose(a.astype(float), b.astype(float), rtol, atol, equal_nan=True))
 
 
 def expected(case: Case) -> bool:
@@ -141,7 +142,9 @@ def canonicalized(case: Case, folder: Path) -> None:
     """Load, canonicalize, fold, save, run: raises or finds another result."""
     model = load(case.path)
     signature = [v.name for v in (*model.graph.inputs, *model.graph.outputs)]
-    PassManager([Canonicalize(), FoldBatchNorm()]).run(model, Context(target=Mock(spec=Target)))
+    PassManager([Canonicalize(), FoldBatchNorm(), Fuse()]).run(
+        model, Context(target=Mock(spec=Target))
+    )
     if (model.ir_version or 0) >= 4:
         kept = [v.name for v in (*model.graph.inputs, *model.graph.outputs)]
         fed = {name for inputs, _ in case.data for name in inputs}
