@@ -33,13 +33,13 @@ clean:
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q torch==2.13.0
-	.venv/bin/python -m pip install -q -r benchmarks/requirements.txt -e '.[test,torch]'
+	.venv/bin/python -m pip install -q -r benchmarks/requirements.txt -e '.[test]'
 	touch $@
 
 .venv-demo/installed: pyproject.toml | python
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python -m pip install -q --upgrade pip
-	.venv-demo/bin/python -m pip install -q -e . pillow tokenizers
+	.venv-demo/bin/python -m pip install -q . pillow tokenizers
 	touch $@
 
 .PHONY: python

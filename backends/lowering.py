@@ -9,7 +9,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qgraph.functions import DEQUANTIZE_PER_TOKEN, DOMAIN, is_call, undeclare_unused
+from qgraph.functions import (
+    DEQUANTIZE_PER_TOKEN,
+    DOMAIN,
+    QUANTIZE_PER_TOKEN,
+    is_call,
+    undeclare_unused,
+)
 from qgraph.graph import (
     add_constant,
     array,
@@ -19,9 +25,12 @@ from qgraph.graph import (
     insert,
     is_op,
     nodes,
+    opset,
     redirect,
+    remove_dead,
+    shared_constant,
 )
-from qgraph.numerics import TOKEN_STEP, TOKEN_ZERO_POINT
+from qgraph.numerics import SMALLEST_SCALE
 
 MICROSOFT = "com.microsoft"
 Dialect = Literal["onnxruntime", "standard"]
@@ -93,8 +102,7 @@ def _lower_product(model: ir.Model, product: _Product, dialect: Dialect) -> None
 
     q, bias = product.data.inputs[0], _bias(model, node, op)
     if per_token:
-        a_scale = _shared(model, "qgraph/token_step", TOKEN_STEP)
-        a_zero = _shared(model, "qgraph/token_zero", np.uint8(TOKEN_ZERO_POINT))
+        a_scale, a_zero = product.data.inputs[2:4]
     if dialect == "onnxruntime" and per_token:
         y = op("MatMulIntegerToFloat", q, weight, a_scale, scale, a_zero, domain=MICROSOFT)
     elif dialect == "onnxruntime":
@@ -150,9 +158,48 @@ def _bias(model: ir.Model, node: ir.Node, op: object) -> ir.Value | None:
     return made
 
 
-def _shared(model: ir.Model, name: str, value: np.generic) -> ir.Value:
-    found = model.graph.initializers.get(name)
-    return found if found is not None else add_constant(model, name, np.asarray(value))
+def lower_quantizers(model: ir.Model) -> bool:
+    """QuantizePerToken spelled out for onnxruntime, without a guard against tokens of zeros.
+
+    There 0/0 rounds to some integer, and what it becomes is multiplied by the token's magnitude 0.
+    """
+    changed = False
+    for node in nodes(model):
+        if not is_call(node, QUANTIZE_PER_TOKEN):
+            continue
+        (x, step, zero, floor), base = node.inputs, node.outputs[0].name or "q"
+        assert x is not None
+        magnitude = insert(model, node, "Abs", [x], base=f"{base}_abs")
+        axes: list[ir.Value] = []
+        attributes: dict[str, int | list[int]] = {"keepdims": 1}
+        if opset(model) >= 18:
+            axes = [shared_constant(model, "qgraph/last_axis", np.array([-1], np.int64))]
+        else:
+            attributes["axes"] = [-1]
+        largest = insert(
+            model, node, "ReduceMax", [*magnitude.outputs, *axes],
+            base=f"{base}_max", attributes=attributes,
+        )  # fmt: skip
+        lowest = array(floor)
+        if lowest is None or lowest > SMALLEST_SCALE:
+            largest = insert(
+                model, node, "Max", [largest.outputs[0], floor], base=f"{base}_floored"
+            )
+        scaled = insert(model, node, "Div", [x, largest.outputs[0]], base=f"{base}_scaled")
+        q = insert(
+            model, node, "QuantizeLinear", [scaled.outputs[0], step, zero], base=f"{base}_rounded"
+        )
+        for made in (magnitude, scaled):
+            made.outputs[0].type, made.outputs[0].shape = x.type, x.shape
+        largest.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        q.outputs[0].type, q.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), x.shape
+        redirect(node.outputs[0], q.outputs[0])
+        redirect(node.outputs[1], largest.outputs[0])
+        graph = node.graph
+        assert graph is not None
+        graph.remove(node, safe=True)
+        changed = True
+    return changed
 
 
 def lower_tables(model: ir.Model) -> bool:
@@ -245,8 +292,6 @@ def shield_float(model: ir.Model) -> bool:
 
 def inline_functions(model: ir.Model) -> bool:
     """Replace what calls of qgraph functions are left by their bodies."""
-    from qgraph.graph import remove_dead
-
     remove_dead(model)
     changed = bool(common.InlinePass(lambda function: function.domain == DOMAIN)(model).modified)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(

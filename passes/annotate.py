@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import onnx_ir as ir
 
 from qgraph.analysis import FLOATS, Site, SiteKind, nested, site_of, sites
-from qgraph.annotation import IN, SPEC, commit_to, describe, output_value, retract, static_use
+from qgraph.annotation import IN, SPEC, commit_to, describe, output_value, retract, static_spec
 from qgraph.context import Context
+from qgraph.errors import PipelineError
 from qgraph.graph import constant, dims, is_op, node_name, nodes
+from qgraph.islands import Cost, settle, size
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.spec import PerAxis, PerTensor, PerToken, QuantSpec, RangeMethod
 
@@ -21,6 +23,8 @@ PER_RUN = QuantSpec(ir.DataType.UINT8, PerTensor(), symmetric=False, observer="d
 WEIGHT = QuantSpec(ir.DataType.INT8, PerAxis(0), symmetric=True, observer="absmax")
 
 Scheme = Literal["static", "dynamic"]
+OBSERVERS = ("minmax", "percentile", "entropy", "mse")
+"""How calibration can find the range of an activation."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,14 @@ class Annotate(Pass):
     rules: tuple[Rule, ...] = ()
     weight: QuantSpec = WEIGHT
 
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("scheme", self.scheme, get_args(Scheme)),
+            ("observer", self.observer, OBSERVERS),
+        ):
+            if value not in known:
+                raise PipelineError(f"{name} '{value}' is unknown: use one of {', '.join(known)}")
+
     def run(self, model: ir.Model, context: Context) -> bool:
         activation = QuantSpec(
             ir.DataType.UINT8, PerTensor(), symmetric=False, observer=self.observer
@@ -153,7 +165,8 @@ class Annotate(Pass):
             if not verdict.ok:
                 continue
             commit_to(site, activation, weight)
-            numbers = {"speedup": verdict.speedup} if verdict.speedup else {}
+            measured = {"speedup": verdict.speedup, "conversions": verdict.conversions}
+            numbers = {name: value for name, value in measured.items() if value}
             context.remark(
                 "quantized", self.name, site.name, op, describe(activation, weight), **numbers
             )
@@ -162,30 +175,34 @@ class Annotate(Pass):
 
 
 def _weigh_convolutions(model: ir.Model, context: Context) -> None:
-    """Make all convolutions float again if together, weighed by their weights, they do not win.
-
-    One by one the target accepts slow ones too, since a float convolution between integer ones
-    costs two conversions; that is right only if the others win more.
-    """
-    quantized = {r.site: r for r in context.remarks.verdicts().values() if r.kind == "quantized"}
-    convolutions = [s for s in sites(model) if s.kind == "conv" and s.name in quantized]
-    speedups = [quantized[s.name].numbers.get("speedup", 0.0) for s in convolutions]
-    if not speedups or 0.0 in speedups:
-        return
-    sizes = [s.kn[0] * s.kn[1] for s in convolutions]
-    together = sum(sizes) / sum(n / x for n, x in zip(sizes, speedups, strict=True))
-    if together >= 1:
-        return
+    """Make convolutions float again where conversions around them cost more than integers save."""
+    verdicts = context.remarks.verdicts()
+    convolutions, costs = [], {}
+    for site in sites(model):
+        remark = verdicts.get(site.name)
+        if site.kind != "conv" or remark is None or not remark.numbers.get("speedup"):
+            continue
+        if remark.kind == "quantized":
+            numbers = remark.numbers
+            costs[site.node] = Cost(
+                1 / numbers["speedup"], numbers.get("conversions", 0.0), size(site)
+            )
+            convolutions.append(site)
+    kept = settle(convolutions, costs, context.target.supports_glue)
     for site in convolutions:
+        if site.node in kept:
+            continue
         retract(site)
-        why = f"int8 convolutions of this model together are {together:.2f}x float"
-        context.remark("float", Annotate.name, site.name, "Conv", why)
+        why = "int8 here would cost more in conversions around it than its kernel saves"
+        numbers = verdicts[site.name].numbers
+        context.remark("float", Annotate.name, site.name, "Conv", why, **numbers)
 
 
 def _unfit(site: Site) -> str | None:
     """Why this site's own shape or dtype rules quantization out, or None."""
     tensor = constant(site.weight)
-    assert tensor is not None
+    if tensor is None:
+        return "both operands are computed: it has no weight"
     if tensor.dtype not in FLOATS[:3]:
         return f"its weight is {tensor.dtype.name}, which no integer kernel replaces"
     if site.kind == "gather" and tensor.nbytes < SMALL_TABLE:
@@ -200,7 +217,7 @@ def _unfit(site: Site) -> str | None:
 def _join(node: ir.Node, activation: QuantSpec) -> None:
     """Quantize a glue operator if all its data is quantized already on its way in."""
     data = [v for i, v in enumerate(node.inputs) if v is not None and _is_data(node, i)]
-    if not data or not all(SPEC in v.meta or static_use(v) is not None for v in data):
+    if not data or not all(static_spec(v) is not None for v in data):
         return
     node.meta[IN] = {i: activation for i, v in enumerate(node.inputs) if _is_data(node, i)}
     output_value(node).meta[SPEC] = activation

@@ -68,9 +68,7 @@ class BiasCorrection(Pass):
         assert w is not None
         assert use is not None
         mean = site.x.meta[STATS].channel_mean
-        data = site.node.meta[IN].get(site.x_index)
-        static = data if data is not None and data.observer != "dynamic" else None
-        final = quantize_site(site, spec, static, context.target.saturates and data is not None)
+        final = quantize_site(site, spec, context.target.saturates)
         shift = expected_shift(site, w, final.float(), mean)
         release(site.weight)
         node, index = use

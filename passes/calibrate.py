@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from operator import length_hint
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +23,7 @@ from qgraph.kv_cache import complete_feed
 from qgraph.observers import BitHistogram, Stats, Wanted
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.session import open_session
+from qgraph.text import to_text
 
 RAW_BYTES = 256 << 20
 """Values whose histogram is wanted leave the session whole, at most this many bytes in one run."""
@@ -58,19 +62,17 @@ class Calibrate(Pass):
                 "static quantization needs calibration data: give some typical inputs "
                 "(calibration=..., or -c on the command line), or use the recipe 'dynamic'"
             )
-        names = [_observed(node) for node in observers]
         wanted: dict[str, Wanted] = {
             _observed(node): node.meta["qgraph.wanted"] for node in observers
         }
-        stats = None
-        key = _cache_file(model, context, wanted)
-        if key is not None and key.exists():
-            stats = _read(key)
+        probe = reductions(model, wanted)
+        kept = _cache_file(probe, context)
+        stats = _read(kept, wanted) if kept is not None else None
         if stats is None:
-            stats = _collect(model, wanted, context)
-            if key is not None:
-                _write(key, stats)
-        for node, name in zip(observers, names, strict=True):
+            stats = _collect(model, probe, wanted, context)
+            if kept is not None:
+                self._keep(kept, stats, context)
+        for node, name in zip(observers, wanted, strict=True):
             value = node.inputs[0]
             assert value is not None
             value.meta[STATS] = stats[name]
@@ -80,6 +82,13 @@ class Calibrate(Pass):
             model.graph.remove(node, safe=True)
         undeclare_unused(model)
         return True
+
+    def _keep(self, file: Path, stats: Mapping[str, Stats], context: Context) -> None:
+        try:
+            _write(file, stats)
+        except OSError as error:
+            why = f"the statistics cannot be kept in {file.parent}: {error.strerror}"
+            context.remark("warning", self.name, "", "", why)
 
 
 def _observed(node: ir.Node) -> str:
@@ -96,11 +105,9 @@ def reductions(model: ir.Model, wanted: Mapping[str, Wanted]) -> ir.Model:
     probe = model.clone()
     graph = probe.graph
     graph.outputs.clear()
-    last = None
     for node in [n for n in graph if is_call(n, OBSERVER)]:
         value = node.inputs[0]
         assert value is not None and value.name
-        last = node
         for name, output in _reduce(probe, node, value, wanted[value.name]).items():
             output.name = f"{value.name}|{name}"
             graph.outputs.append(output)
@@ -108,8 +115,12 @@ def reductions(model: ir.Model, wanted: Mapping[str, Wanted]) -> ir.Model:
     for node in [n for n in graph if is_call(n, OBSERVER)]:
         graph.remove(node, safe=True)
     undeclare_unused(probe)
-    assert last is not None
     remove_dead(probe)
+    for node in graph.all_nodes():
+        node.meta.clear()
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.meta.clear()
     return probe
 
 
@@ -129,6 +140,7 @@ def _reduce(model: ir.Model, node: ir.Node, x: ir.Value, wanted: Wanted) -> dict
     found = {
         "low": op("ReduceMin", wide, keepdims=0),
         "high": op("ReduceMax", wide, keepdims=0),
+        "sum": op("ReduceSum", wide, keepdims=0),  # onnxruntime's extremes ignore NaN
         "size": op("Size", wide, dtype=ir.DataType.INT64),
     }
     if wanted.token_power:
@@ -158,19 +170,21 @@ def _reduced(model: ir.Model, op: Any, op_type: str, x: ir.Value, axes: list[int
     return op(op_type, x, given, keepdims=0)  # type: ignore[no-any-return]
 
 
-def _collect(model: ir.Model, wanted: Mapping[str, Wanted], context: Context) -> dict[str, Stats]:
+def _collect(
+    model: ir.Model, probe: ir.Model, wanted: Mapping[str, Wanted], context: Context
+) -> dict[str, Stats]:
     assert context.calibration is not None
-    session = open_session(reductions(model, wanted))
+    session = open_session(probe)
     outputs = [o.name for o in session.get_outputs()]
     inputs = {i.name for i in session.get_inputs()}
     stats = {name: Stats() for name in wanted}
     groups: list[list[str]] | None = None
-    total = len(context.calibration) if hasattr(context.calibration, "__len__") else None
+    total = length_hint(context.calibration) or None
     seen = 0
     for index, feed in enumerate(context.progress(context.calibration, "calibrating", total)):
         complete = complete_feed(model, feed)  # type: ignore[arg-type]
         given = {k: v for k, v in complete.items() if k in inputs}
-        groups = groups or _groups(session, outputs, given)
+        groups = groups or _groups(session, outputs, given, index)
         for names in groups:
             _fold(stats, wanted, names, _run(session, names, given, index))
         seen += 1
@@ -189,10 +203,12 @@ def _run(session: Any, names: list[str], feed: Feed, index: int) -> list[np.ndar
         ) from error
 
 
-def _groups(session: Any, outputs: list[str], feed: Feed) -> list[list[str]]:
+def _groups(session: Any, outputs: list[str], feed: Feed, index: int) -> list[list[str]]:
     """Sets of outputs to fetch together, so that raw values stay within `RAW_BYTES` a run."""
     small = [name for name in outputs if not name.endswith("|raw")]
-    sizes = dict(zip(small, session.run(small, feed), strict=True))
+    if len(small) == len(outputs):
+        return [outputs]
+    sizes = dict(zip(small, _run(session, small, feed, index), strict=True))
     groups, held = [small], 0
     for name in (n for n in outputs if n.endswith("|raw")):
         held += 4 * int(sizes[name.removesuffix("raw") + "size"])
@@ -219,7 +235,7 @@ def _fold(
             continue
         if "size" in parts:
             new = Stats(int(parts["size"]), float(parts["low"]), float(parts["high"]))
-            if not (np.isfinite(new.low) and np.isfinite(new.high)):
+            if not np.isfinite([new.low, new.high]).all() or np.isnan(parts["sum"]):
                 raise CalibrationError(
                     f"'{value}' becomes NaN or infinite on the calibration data: "
                     "check the data, and that the float model is sound on it"
@@ -234,7 +250,7 @@ def _fold(
             if wanted[value].histogram:
                 new = replace(new, histogram=BitHistogram())
             stats[value] = stats[value].merge(new)
-        if "raw" in parts:
+        if "raw" in parts and parts["raw"].size:
             histogram = stats[value].histogram
             assert histogram is not None
             histogram.add(parts["raw"])
@@ -246,37 +262,34 @@ def _histogram(x: np.ndarray) -> BitHistogram:
     return histogram
 
 
-def _cache_file(model: ir.Model, context: Context, wanted: Mapping[str, Wanted]) -> Path | None:
-    """Where the statistics of exactly this graph, these weights and this data are kept."""
+def _cache_file(probe: ir.Model, context: Context) -> Path | None:
+    """Where the statistics that this graph, its weights included, finds in this data are kept."""
     if context.cache is None or context.calibration is None:
         return None
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.graph.initializers.items()):
-        if value.const_value is not None:
-            digest.update(name.encode() + value.const_value.tobytes())
-    for node in model.graph.all_nodes():
-        digest.update(f"{node.domain}{node.op_type}{[v and v.name for v in node.inputs]}".encode())
-        digest.update(str([str(a) for a in node.attributes.values()]).encode())
-    digest.update(repr(sorted(wanted.items())).encode())
-    feeds: Iterable[Feed] = context.calibration
-    for feed in feeds:
-        for name in sorted(feed):
-            digest.update(name.encode() + np.ascontiguousarray(feed[name]).tobytes())
+    digest = hashlib.blake2b(to_text(probe).encode(), digest_size=16)
+    for feed in context.calibration:
+        for name, data in sorted(feed.items()):
+            digest.update(f"{name} {data.dtype} {data.shape}".encode())
+            digest.update(np.ascontiguousarray(data).tobytes())
     return Path(context.cache) / f"calibration-{digest.hexdigest()}.npz"
 
 
 def _write(path: Path, stats: Mapping[str, Stats]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"{name}|{k}": v for name, s in stats.items() for k, v in s.to_arrays().items()}
-    aside = path.with_suffix(".part.npz")
+    aside = path.with_suffix(f".{os.getpid()}.npz")
     np.savez(aside, **arrays)  # type: ignore[arg-type]
     aside.replace(path)
 
 
-def _read(path: Path) -> dict[str, Stats]:
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(path) as stored:
-        for key in stored.files:
-            name, _, part = key.rpartition("|")
-            parts.setdefault(name, {})[part] = stored[key]
-    return {name: Stats.from_arrays(arrays) for name, arrays in parts.items()}
+def _read(path: Path, names: Collection[str]) -> dict[str, Stats] | None:
+    """What was kept of these values, or None where nothing whole was."""
+    parts: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            for key in stored.files:
+                name, _, part = key.rpartition("|")
+                parts[name][part] = stored[key]
+        return {name: Stats.from_arrays(arrays) for name, arrays in parts.items()}
+    except (OSError, EOFError, KeyError, ValueError, BadZipFile):
+        return None

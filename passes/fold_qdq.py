@@ -46,8 +46,10 @@ class FoldQDQ(Pass):
         changed = False
         for graph in graphs(model):
             for node in graph:
-                if is_op(node, "QuantizeLinear"):
-                    changed |= _cancel(node) or _move(node) or _absorb_clamp(node)
+                while is_op(node, "QuantizeLinear") and node.outputs[0].uses():
+                    if not (_cancel(node) or _move(node) or _absorb_clamp(node)):
+                        break
+                    changed = True
         if changed:
             remove_dead(model)
         return changed

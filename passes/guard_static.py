@@ -17,6 +17,7 @@ from qgraph.observers import Stats, find_range, token_sqnr_db
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.spec import PerToken, QuantSpec
 
+_UNREACHED = "calibration data never reached it"
 PER_TOKEN = QuantSpec(ir.DataType.UINT8, PerToken(), symmetric=True, observer="dynamic")
 
 
@@ -51,11 +52,12 @@ class GuardStatic(Pass):
     def run(self, model: ir.Model, context: Context) -> bool:
         changed = False
         for node, specs in list(annotated(model)):
-            if is_op(node, "Concat", "Add", "Where", "Mul"):
-                changed |= self._guard_join(node, context)
-            elif (site := site_of(node)) and (spec := specs.get(site.x_index)):
-                if spec.observer != "dynamic":
-                    changed |= self._guard_site(site, spec, context)
+            site = site_of(node)
+            spec = specs.get(site.x_index) if site is not None else None
+            if site is None:
+                changed |= self._guard_glue(node, context)
+            elif spec is not None and spec.observer != "dynamic":
+                changed |= self._guard_site(site, spec, context)
         return changed
 
     def _guard_site(self, site: Site, spec: QuantSpec, context: Context) -> bool:
@@ -63,11 +65,12 @@ class GuardStatic(Pass):
         op, weight = site.node.op_type, site.node.meta[IN][site.w_index]
         if stats is None or not stats.count:
             retract(site)
-            context.remark("float", self.name, site.name, op, "calibration data never reached it")
+            context.remark("float", self.name, site.name, op, _UNREACHED)
             return True
         if stats.token_power is None:
             return False
-        scale, _ = scale_zero_point(*(np.float32(v) for v in find_range(stats, spec)), spec)  # type: ignore[arg-type]
+        low, high = find_range(stats, spec)
+        scale, _ = scale_zero_point(np.float32(low), np.float32(high), spec)
         sqnr = token_sqnr_db(stats, float(scale))
         if sqnr >= self.min_sqnr:
             return False
@@ -82,14 +85,21 @@ class GuardStatic(Pass):
         context.remark("quantized", self.name, site.name, op, why, median_token_db=sqnr)
         return True
 
-    def _guard_join(self, node: ir.Node, context: Context) -> bool:
-        stats = [v.meta.get(STATS) for i, v in enumerate(node.inputs) if v and i in node.meta[IN]]
-        spans = [max(-s.low, s.high) for s in stats if s is not None and s.count]
-        if is_op(node, "Mul") or len(spans) < 2 or min(spans) * self.max_ratio >= max(spans):
-            return False
+    def _guard_glue(self, node: ir.Node, context: Context) -> bool:
+        stats: list[Stats] = [
+            v.meta.get(STATS, Stats())
+            for i, v in enumerate(node.inputs)
+            if v and i in node.meta[IN]
+        ]
+        why, numbers = f"kept float: {_UNREACHED}", {}
+        if all(s.count for s in stats):
+            spans = [span for s in stats if (span := max(-s.low, s.high)) > 0]  # any scale holds 0
+            ratio = max(spans, default=1.0) / min(spans, default=1.0)
+            if not is_op(node, "Add", "Concat", "Where") or ratio <= self.max_ratio:
+                return False
+            why = "kept float: its inputs have ranges too different for one scale"
+            numbers = {"ratio": ratio}
         del node.meta[IN]
         output_value(node).meta.pop(SPEC, None)
-        why = "kept float: its inputs have ranges too different for one scale"
-        ratio = max(spans) / max(min(spans), 1e-30)
-        context.remark("declined", self.name, node_name(node), node.op_type, why, ratio=ratio)
+        context.remark("declined", self.name, node_name(node), node.op_type, why, **numbers)
         return True

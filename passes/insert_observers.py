@@ -9,9 +9,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qgraph.analysis import site_of
-from qgraph.annotation import SPEC, static_use
+from qgraph.annotation import static_spec
 from qgraph.context import Context
 from qgraph.functions import OBSERVER, declare
+from qgraph.graph import insert
 from qgraph.observers import Wanted
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.spec import QuantSpec
@@ -45,27 +46,21 @@ class InsertObservers(Pass):
     channel_means: bool = False
 
     def run(self, model: ir.Model, context: Context) -> bool:
-        found = [(v, s) for v in _values(model.graph) if (s := v.meta.get(SPEC) or static_use(v))]
+        found = [(v, s) for v in _values(model.graph) if (s := static_spec(v))]
         for value, spec in found:
             declare(model, OBSERVER)
             self._observe(model, value, spec, context.target.saturates)
         return bool(found)
 
     def _observe(self, model: ir.Model, value: ir.Value, spec: QuantSpec, saturates: bool) -> None:
-        node = ir.node(
-            OBSERVER,
-            inputs=[value],
-            domain="qgraph",
-            outputs=[ir.Value(name=f"{value.name}/observed", shape=value.shape, type=value.type)],
-            name=f"{value.name}/observer",
-        )
-        node.meta[WANTED] = self._wanted(value, spec, saturates)
-        producer = value.producer()
-        if producer is None:
-            model.graph.insert_before(model.graph[0], node)
-        else:
-            model.graph.insert_after(producer, node)
+        wanted, producer = self._wanted(value, spec, saturates), value.producer()
+        node = insert(
+            model, producer or model.graph[0], OBSERVER, [value],
+            base=f"{value.name}/observer", domain="qgraph", after=producer is not None,
+        )  # fmt: skip
+        node.meta[WANTED] = wanted
         observed = node.outputs[0]
+        observed.shape, observed.type = value.shape, value.type
         observed.meta.update(value.meta)
         for use in [u for u in value.uses() if u.node is not node]:
             use.node.replace_input_with(use.idx, observed)
@@ -73,7 +68,8 @@ class InsertObservers(Pass):
     def _wanted(self, value: ir.Value, spec: QuantSpec, saturates: bool) -> Wanted:
         users = [s for u in value.uses() if (s := site_of(u.node)) and s.x_index == u.idx]
         linear = any(s.kind in ("matmul", "gemm") for s in users)
-        axis = (-1 if linear else 1) if users else None
+        axes = {-1 if s.kind in ("matmul", "gemm") else 1 for s in users}
+        axis = axes.pop() if len(axes) == 1 else None  # readers that disagree get neither
         return Wanted(
             histogram=spec.observer in ("percentile", "entropy", "mse"),
             channel_mean_axis=axis if self.channel_means else None,

@@ -9,24 +9,20 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import Site, site_of
-from qgraph.annotation import IN, MOVES, SPEC, STATS, annotated, static_use
+from qgraph.analysis import Site, lowest_value, site_of
+from qgraph.annotation import IN, SPEC, STATS, annotated, output_value, static_spec
 from qgraph.context import Context
-from qgraph.errors import PipelineError
-from qgraph.functions import DEQUANTIZE_PER_TOKEN, QUANTIZE_PER_TOKEN, declare
-from qgraph.graph import (
-    add_constant,
-    array,
-    constant,
-    insert,
-    is_op,
-    redirect,
-    release,
+from qgraph.functions import (
+    DEQUANTIZE_PER_TOKEN,
+    QUANTIZE_PER_TOKEN,
+    declare,
+    grid_values,
 )
-from qgraph.numerics import quantize_bias
+from qgraph.graph import add_constant, array, constant, insert, is_op, redirect, release
+from qgraph.numerics import quantize_bias, token_grid
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.spec import PerToken, QuantSpec
-from qgraph.weights import NUMPY, Quantized, activation_scale, quantize_site
+from qgraph.weights import NUMPY, activation_scale, constant_bias, quantize_site
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,8 @@ class InsertQDQ(Pass):
         b:f32 ──┘                b:int32 ──── DQ ────┘     bias scale = x scale · W scale
 
     Activations with scales found at run time get DynamicQuantizeLinear (one scale) or the function
-    `qgraph::QuantizePerToken`. Biases of static Conv and Gemm become int32 with scale x·w and zero
+    `qgraph::QuantizePerToken`, whose zero point leaves no levels unused where an activation function
+    bounds its output from below. Biases of static Conv and Gemm become int32 with scale x·w and zero
     point 0; where a tiny weight scale would overflow them, that channel's weight scale is raised.
     On targets whose u8·s8 products saturate in pairs, channels with a pair of weights that can
     overflow int16 for the activations that can occur, and only those, are requantized so that it
@@ -60,12 +57,14 @@ class InsertQDQ(Pass):
         work = _Commit(model, context)
         wanted = list(annotated(model))
         for node, _ in wanted:
-            _to_float32(model, node)
-        for node, specs in context.progress(wanted, "quantizing weights", len(wanted)):  # type: ignore[misc, attr-defined]
-            if (site := site_of(node)) is not None:
-                work.weight(site, specs)
+            work.to_float32(node)
+        found = [site for node, _ in wanted if (site := site_of(node)) is not None]
+        # A table takes the weight of a product that shares it as that one needs it.
+        found.sort(key=lambda site: site.kind == "gather")
+        for site in context.progress(found, "quantizing weights", len(found)):
+            work.weight(site)
         # All scales first: what moves data looks its own up at its source, before that is rewritten.
-        values = [(v, work.scale_of(v)) for v in _static_values(model)]
+        values = [(v, activation_scale(v)) for v in _static_values(model)]
         for value, (scale, zero) in values:
             work.activation(value, scale, zero)
         for node, specs in wanted:
@@ -80,101 +79,123 @@ class InsertQDQ(Pass):
         return bool(wanted)
 
 
+_Integers = tuple[list[ir.Value], int | None]
+"""A weight's integers, scales and zero points as initializers, and their axis."""
+
+
 @dataclass
 class _Commit:
     """One run of the pass: what has been quantized already, so that shared values are done once."""
 
     model: ir.Model
     context: Context
-    weights: dict[tuple[int, QuantSpec, int], ir.Value] = field(default_factory=dict)
+    weights: dict[tuple[int, QuantSpec, int], _Integers] = field(default_factory=dict)
     runtime: dict[tuple[int, QuantSpec, int], ir.Value] = field(default_factory=dict)
+    casts: dict[tuple[int, int], ir.Value] = field(default_factory=dict)
 
-    def weight(self, site: Site, specs: dict[int, QuantSpec]) -> None:
+    def to_float32(self, node: ir.Node) -> None:
+        """Integer kernels speak float32: surround a node of half floats, and the clamp behind it
+        that its integers absorb, with casts."""
+        if not any(v is not None and v.dtype in _HALF for v in node.inputs):
+            return
+        last = output_value(node)
+        dtype, chain = last.dtype, [node]
+        while chain[-1].outputs[0] is not last:
+            chain.append(chain[-1].outputs[0].uses()[0].node)
+        for link in chain:
+            for index, value in enumerate(link.inputs):
+                if value is None or value.dtype not in _HALF:
+                    continue
+                if constant(value) is None or index not in link.meta.get(IN, {}):
+                    link.replace_input_with(index, self._widened(link, value))
+            link.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        name = f"{last.name}_cast"
+        to = {"to": int(dtype or ir.DataType.FLOAT16)}
+        back = insert(
+            self.model, chain[-1], "Cast", [last], base=name, attributes=to, after=True
+        )
+        narrow = back.outputs[0]
+        narrow.shape, narrow.type = last.shape, ir.TensorType(dtype or ir.DataType.FLOAT16)
+        redirect(last, narrow, keep=[back])
+
+    def _widened(self, node: ir.Node, value: ir.Value) -> ir.Value:
+        """`value` as float32 for `node`; what was float32 before is taken from there."""
+        tensor, producer = constant(value), value.producer()
+        if tensor is not None:
+            wide = tensor.numpy().astype(np.float32)
+            return add_constant(self.model, f"{value.name}_f32", wide)
+        if is_op(producer, "Cast") and producer is not None:
+            source = producer.inputs[0]
+            if source is not None and source.dtype == ir.DataType.FLOAT:
+                return source
+        key = (id(value), id(node.graph))
+        if key not in self.casts:
+            to = {"to": int(ir.DataType.FLOAT)}
+            cast = insert(
+                self.model, node, "Cast", [value], base=f"{value.name}_f32", attributes=to
+            )
+            self.casts[key] = _typed(cast, value)
+            if STATS in value.meta:
+                self.casts[key].meta[STATS] = value.meta[STATS]
+        return self.casts[key]
+
+    def weight(self, site: Site) -> None:
         """Replace the site's weight (and the bias of static Conv and Gemm) by integers behind DQ."""
+        specs: dict[int, QuantSpec] = site.node.meta[IN]
         if site.w_index not in specs or constant(site.weight) is None:
             return
         spec, data = specs.pop(site.w_index), specs.get(site.x_index)
-        static = data if data is not None and data.observer != "dynamic" else None
+        static = data is not None and data.observer != "dynamic"
         key = (id(site.weight), spec, id(site.node) if static else 0)
         if key not in self.weights:
-            pairs = self.context.target.saturates and data is not None
-            self.weights[key] = self._dequantized(site, quantize_site(site, spec, static, pairs))
-            release(site.weight)
-        new = self.weights[key]
-        site.node.replace_input_with(site.w_index, new)
-        if static is not None and site.kind in ("conv", "gemm"):
-            self._bias(site, self._scale(site.x, static)[0], array(new.producer().inputs[1]))  # type: ignore[union-attr]
+            self.weights[key] = self._integers(site, spec)
+        values, axis = self.weights[key]
+        bias = constant_bias(site) if static else None
+        if bias is not None:
+            self._bias(site, bias, array(values[1]))
+        # Each use dequantizes by itself: branches do not see into each other.
+        attributes = {} if axis is None else {"axis": axis}
+        base = f"{site.weight.name}_dq"
+        dq = insert(
+            self.model, site.node, "DequantizeLinear", values, base=base, attributes=attributes
+        )
+        site.node.replace_input_with(site.w_index, _typed(dq, site.weight))
 
-    def _dequantized(self, site: Site, weight: Quantized) -> ir.Value:
-        base = site.weight.name or "weight"
-        inputs = [
+    def _integers(self, site: Site, spec: QuantSpec) -> _Integers:
+        weight = quantize_site(site, spec, self.context.target.saturates)
+        release(site.weight)
+        if weight.repaired:
+            why = "channels requantized in which u8·s8 products could overflow int16"
+            op, count = site.node.op_type, weight.repaired
+            self.context.remark("applied", InsertQDQ.name, site.name, op, why, channels=count)
+        base = site.weight.name
+        values = [
             add_constant(self.model, f"{base}_q", weight.q),
             add_constant(self.model, f"{base}_scale", weight.scale),
             add_constant(self.model, f"{base}_zero", weight.zero.astype(weight.q.dtype)),
         ]
-        attributes = {} if weight.axis is None else {"axis": weight.axis}
-        name = f"{base}_dq"
-        node = insert(
-            self.model, site.node, "DequantizeLinear", inputs, base=name, attributes=attributes
-        )
-        if weight.repaired:
-            why = "channels requantized in which u8·s8 products could overflow int16"
-            self.context.remark(
-                "applied",
-                InsertQDQ.name,
-                site.name,
-                site.node.op_type,
-                why,
-                channels=weight.repaired,
-            )
-        return _typed(node, site.weight)
+        return values, weight.axis
 
-    def _bias(self, site: Site, x_scale: np.ndarray, w_scale: np.ndarray | None) -> None:
-        bias = array(site.bias) if site.bias is not None else None
-        if bias is None or bias.ndim != 1 or w_scale is None:
-            return
+    def _bias(self, site: Site, bias: np.ndarray, w_scale: np.ndarray | None) -> None:
         assert site.bias is not None
         assert site.bias_index is not None
-        q, scale = quantize_bias(bias.astype(np.float32), x_scale, w_scale)
-        base = site.bias.name or "bias"
+        assert w_scale is not None
+        q, scale = quantize_bias(bias, activation_scale(site.x)[0], w_scale)
+        base = site.bias.name
         inputs = [
             add_constant(self.model, f"{base}_q", q),
             add_constant(self.model, f"{base}_scale", np.ascontiguousarray(scale)),
             add_constant(self.model, f"{base}_zero", np.zeros(scale.shape, np.int32)),
         ]
-        axis = {"axis": 0}
-        node = insert(
-            self.model, site.node, "DequantizeLinear", inputs, base=f"{base}_dq", attributes=axis
-        )
-        site.node.replace_input_with(site.bias_index, _typed(node, site.bias))
-
-    def _scale(self, value: ir.Value, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and zero point of a value with calibrated statistics."""
-        producer = value.producer()
-        if is_op(producer, *MOVES) and producer is not None and IN in producer.meta:
-            # What only moves data keeps its scale, so that it can move the integers instead.
-            source = producer.inputs[0]
-            assert source is not None
-            return self._scale(source, spec)
-        found = activation_scale(value, spec)
-        if found is None:
-            raise PipelineError(
-                f"'{value.name}' is to be quantized statically but was not calibrated: "
-                "put insert-observers,calibrate before insert-qdq"
-            )
-        return found
-
-    def scale_of(self, value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and zero point of a value with a static spec, its own or a user's."""
-        spec = value.meta.get(SPEC) or static_use(value)
-        assert spec is not None
-        return self._scale(value, spec)
+        dq = insert(
+            self.model, site.node, "DequantizeLinear", inputs,
+            base=f"{base}_dq", attributes={"axis": 0},
+        )  # fmt: skip
+        site.node.replace_input_with(site.bias_index, _typed(dq, inputs[0]))
 
     def activation(self, value: ir.Value, scale: np.ndarray, zero: np.ndarray) -> None:
         """Q -> DQ behind `value`, for all users if the value itself is annotated, else for those that are."""
-        spec = value.meta.get(SPEC)
-        shared = spec is not None
-        spec = spec or static_use(value)
+        spec, shared = static_spec(value), SPEC in value.meta
         assert spec is not None
         users = [u for u in value.uses() if shared or u.idx in u.node.meta.get(IN, {})]
         users = [u for u in users if u.node.meta.get(IN, {}).get(u.idx, spec).observer != "dynamic"]
@@ -224,59 +245,21 @@ class _Commit:
             return _typed(dq, value)
         declare(self.model, QUANTIZE_PER_TOKEN)
         declare(self.model, DEQUANTIZE_PER_TOKEN)
+        step, zero, floor = grid_values(self.model, token_grid(lowest_value(value)))
         q = insert(
-            self.model, anchor, QUANTIZE_PER_TOKEN, [value],
+            self.model, anchor, QUANTIZE_PER_TOKEN, [value, step, zero, floor],
             base=f"{value.name}_q", domain="qgraph", outputs=2,
         )  # fmt: skip
         q.outputs[0].type, q.outputs[0].shape = ir.TensorType(spec.dtype), value.shape
         q.outputs[1].type = ir.TensorType(ir.DataType.FLOAT)
         dq = insert(
-            self.model, anchor, DEQUANTIZE_PER_TOKEN, q.outputs,
+            self.model, anchor, DEQUANTIZE_PER_TOKEN, [*q.outputs, step, zero],
             base=f"{value.name}_dq", domain="qgraph",
         )  # fmt: skip
         return _typed(dq, value)
 
 
-def _to_float32(model: ir.Model, node: ir.Node) -> None:
-    """Integer kernels speak float32: surround a node of another float type with casts."""
-    kinds = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    dtype = next((v.dtype for v in node.inputs if v is not None and v.dtype in kinds), None)
-    if dtype is None:
-        return
-    for index, value in enumerate(node.inputs):
-        if value is None or value.dtype != dtype:
-            continue
-        tensor = constant(value)
-        if tensor is not None:
-            if index not in node.meta[IN]:
-                wide = tensor.numpy().astype(np.float32)
-                node.replace_input_with(index, add_constant(model, f"{value.name}_f32", wide))
-            continue
-        cast = insert(
-            model,
-            node,
-            "Cast",
-            [value],
-            base=f"{value.name}_f32",
-            attributes={"to": int(ir.DataType.FLOAT)},
-        )
-        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
-        if STATS in value.meta:
-            cast.outputs[0].meta[STATS] = value.meta[STATS]
-        node.replace_input_with(index, cast.outputs[0])
-    output = node.outputs[0]
-    back = insert(
-        model,
-        node,
-        "Cast",
-        [output],
-        base=f"{output.name}_cast",
-        attributes={"to": int(dtype)},
-        after=True,
-    )
-    back.outputs[0].shape = output.shape
-    redirect(output, back.outputs[0], keep=[back])
-    output.type, back.outputs[0].type = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(dtype)
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _first_user(node: ir.Node, value: ir.Value) -> ir.Node:
@@ -303,5 +286,5 @@ def _all_values(model: ir.Model) -> Iterator[ir.Value]:
 def _static_values(model: ir.Model) -> Iterator[ir.Value]:
     """Computed values of the main graph with a static spec, their own or a user's."""
     for value in list(_all_values(model)):
-        if value.graph is model.graph and (SPEC in value.meta or static_use(value) is not None):
+        if value.graph is model.graph and static_spec(value) is not None:
             yield value

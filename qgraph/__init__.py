@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qgraph.spec import PerAxis, PerBlock, PerTensor, PerToken, QuantSpec
     from qgraph.target import Target, Verdict
     from qgraph.text import to_text
-    from qgraph.trace import trace
+    from qgraph.tracing import trace
 
 _HOME = {
     "compile": "api",
@@ -48,7 +48,7 @@ _HOME = {
     "Target": "target",
     "Verdict": "target",
     "to_text": "text",
-    "trace": "trace",
+    "trace": "tracing",
 }
 
 __all__ = [

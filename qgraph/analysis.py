@@ -168,3 +168,27 @@ def by_input_channel(site: Site, w: NDArray[np.floating[Any]]) -> NDArray[np.flo
         groups = int(attribute(site.node, "group", 1))
         return w.reshape(groups, w.shape[0] // groups, w.shape[1], -1)
     return (w if site.axis == 0 else w.T)[np.newaxis, :, :, np.newaxis]
+
+
+_LOWEST = {
+    "Relu": 0.0,
+    "Abs": 0.0,
+    "Exp": 0.0,
+    "Softplus": 0.0,
+    "Sigmoid": 0.0,
+    "HardSigmoid": 0.0,
+    "Softmax": 0.0,
+    "Gelu": -0.17,
+    "HardSwish": -0.375,
+}
+_KEEPS = ("Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Dropout", "Cast")
+
+
+def lowest_value(value: ir.Value | None) -> float | None:
+    """A bound below which `value` never is, where an activation function gives one; else None."""
+    node = value.producer() if value is not None else None
+    while node is not None and is_op(node, *_KEEPS) and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is None or not is_op(node, *_LOWEST):
+        return None
+    return _LOWEST[node.op_type]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qgraph.analysis import Site
+from qgraph.analysis import Site, only_user
 from qgraph.graph import constant, is_op, nodes
 from qgraph.spec import PerAxis, QuantSpec
 
@@ -54,16 +54,18 @@ def retract(site: Site) -> None:
 def output_value(node: ir.Node) -> ir.Value:
     """Where the node's result is quantized: behind an activation that integer clamping can absorb."""
     value = node.outputs[0]
-    while len(uses := list(value.uses())) == 1 and not value.is_graph_output():
-        user = uses[0].node
-        if not is_op(user, "Relu", "Clip") or uses[0].idx != 0:
+    while (user := only_user(value)) is not None and is_op(user, "Relu", "Clip"):
+        if user.inputs[0] is not value:
             break
         value = user.outputs[0]
     return value
 
 
-def static_use(value: ir.Value) -> QuantSpec | None:
-    """The static spec that some user of a computed value wants for it, or None."""
+def static_spec(value: ir.Value) -> QuantSpec | None:
+    """The fixed-scale spec of a computed value: its own, else the first that a user wants, or None."""
+    if SPEC in value.meta:
+        own: QuantSpec = value.meta[SPEC]
+        return own
     if constant(value) is not None:
         return None
     for use in value.uses():

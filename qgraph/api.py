@@ -101,7 +101,7 @@ def _source(model: Any, example_inputs: Any, dynamic_shapes: Any) -> ir.Model:
     if torch is not None and isinstance(model, torch.nn.Module):
         if example_inputs is None:
             raise ModelError("an nn.Module needs example_inputs=(...) to be traced with")
-        from qgraph.trace import trace
+        from qgraph.tracing import trace
 
         return trace(model, example_inputs, dynamic_shapes)
     kind = type(model).__name__

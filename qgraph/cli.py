@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-import tempfile
 import warnings
-from dataclasses import MISSING, fields
-from inspect import Parameter, getdoc, signature
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, RenderableType
 
+from qgraph import shell
 from qgraph.errors import QGraphError
 
 if TYPE_CHECKING:
@@ -34,7 +29,7 @@ app = typer.Typer(
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="ONNX file, or folder of onnxruntime-genai.")
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where to save; must not exist.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to save; never the input.")]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -60,14 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # of libraries, about themselves
     try:
         status = app(arguments, standalone_mode=False, prog_name="qgraph")
-    except (QGraphError, typer.TyperException) as error:
-        return _complain(
-            error.format_message() if isinstance(error, typer.TyperException) else error
-        )
+    except QGraphError as error:
+        return _complain(error)
+    except typer.TyperException as error:  # of the command line itself
+        return _complain(error.format_message())
     except OSError as error:
-        return _complain(
-            ": ".join(filter(None, [str(error.filename or ""), error.strerror])) or error
-        )
+        return _complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except MemoryError:
         return _complain("out of memory: try --max-memory or a smaller model")
     except (KeyboardInterrupt, typer.Abort):
@@ -126,13 +119,13 @@ def compile(
     from qgraph.progress import display
     from qgraph.report import Compilation, human_size, to_html, to_json
 
-    parameters = _recipe_parameters(recipe, set_ or [])
-    memory = None if max_memory is None else _bytes(max_memory)
+    parameters = shell.recipe_arguments(recipe, set_ or [])
+    memory = None if max_memory is None else shell.parse_size(max_memory)
     source = qgraph.load(model)
     check_output(source, output)
     for page in (report, json):
         if page is not None:
-            _check_file(page, others={model, output, *{report, json} - {page}})
+            shell.check_free(page, others={model, output, *{report, json} - {page}})
     compiled = qgraph.compile(
         source,
         recipe,
@@ -152,19 +145,18 @@ def compile(
         output=str(output),
         recipe=recipe,
         target=target,
-        bytes_before=_size(source),
-        bytes_after=_size(qgraph.load(output)),
+        bytes_before=shell.size_on_disk(source),
+        bytes_after=shell.size_on_disk(qgraph.load(output)),
         remarks=compiled.remarks,
         parameters=parameters,
     )
     if report is not None:
-        _write(report, to_html(result))
+        shell.write(report, to_html(result))
     if json is not None:
-        _write(json, to_json(result))
+        shell.write(json, to_json(result))
     print(compiled.remarks.summary())
-    print(
-        f"{human_size(result.bytes_before)} -> {human_size(result.bytes_after)}, saved as {output}"
-    )
+    sizes = f"{human_size(result.bytes_before)} -> {human_size(result.bytes_after)}"
+    print(f"{sizes}, saved as {output}")
 
 
 @app.command()
@@ -220,7 +212,7 @@ def inspect(model: ModelArgument) -> None:
     import qgraph
     from qgraph.inspection import describe
 
-    _show(describe(qgraph.load(model)))
+    shell.show(describe(qgraph.load(model)))
 
 
 @app.command()
@@ -231,11 +223,9 @@ def recipes() -> None:
 
     made = table("recipe", "parameters", "")
     for name, recipe in RECIPES.items():
-        shown = [
-            f"{p.name}={p.default}" for p in signature(recipe).parameters.values() if _settable(p)
-        ]
-        row(made, name, "\n".join(shown), _first_line(recipe))
-    _show(made)
+        shown = [f"{p.name}={p.default}" for p in shell.recipe_parameters(name).values()]
+        row(made, name, "\n".join(shown), shell.first_line(recipe))
+    shell.show(made)
 
 
 @app.command()
@@ -246,8 +236,14 @@ def passes() -> None:
 
     made = table("pass", "contract", "parameters", "")
     for name, step in sorted(all_passes().items()):
-        row(made, name, step.contract, "\n".join(_pass_parameters(step)), _first_line(step))
-    _show(made)
+        row(
+            made,
+            name,
+            step.contract,
+            "\n".join(shell.pass_parameters(step)),
+            shell.first_line(step),
+        )
+    shell.show(made)
 
 
 @app.command()
@@ -259,7 +255,7 @@ def targets() -> None:
     made = table("target", "")
     for name, description in TARGETS:
         row(made, name, description)
-    _show(made)
+    shell.show(made)
     print(cpu.describe())
 
 
@@ -291,78 +287,14 @@ def bench(
         spread = f"{result.low:.2f} to {result.high:.2f}"
         sqnr = f"{result.sqnr_db:.1f} dB"
         row(made, result.name, f"{result.speedup:.2f}x", spread, sqnr, f"{result.milliseconds:.2f}")
-    _show(made)
+    shell.show(made)
     if calibration is None:
         print("on random inputs: give -c DATA for typical ones")
 
 
-# ---------------------------------------------------------------------------------- helpers
-
-
-def _show(content: RenderableType) -> None:
-    """Print; into a pipe with the width that the content needs."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    console.print(content, highlight=False)
-
-
-def _first_line(thing: object) -> str:
-    return (getdoc(thing) or "").partition("\n")[0]
-
-
-def _settable(parameter: Parameter) -> bool:
-    """Whether a recipe's parameter can be written as text: the others are for Python."""
-    return parameter.default is None or isinstance(parameter.default, bool | int | float | str)
-
-
-def _pass_parameters(step: type[Pass]) -> list[str]:
-    return [
-        f.name if f.default is MISSING else f"{f.name}={f.default}" for f in fields(step) if f.init
-    ]
-
-
-def _recipe_parameters(recipe: str, pairs: list[str]) -> dict[str, Any]:
-    """The `--set` options as keyword arguments of the recipe."""
-    from qgraph.pipeline import convert
-    from qgraph.recipes import RECIPES, get_recipe
-
-    if recipe not in RECIPES:
-        get_recipe(recipe, {})  # says which there are
-    known = {p.name: p for p in signature(RECIPES[recipe], eval_str=True).parameters.values()}
-    settable = [name for name, parameter in known.items() if _settable(parameter)]
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise QGraphError(f"--set {pair}: write it as key=value")
-        if key not in settable:
-            raise QGraphError(
-                f"recipe '{recipe}' has no parameter '{key}': it has {', '.join(settable)}"
-            )
-        try:
-            values[key] = convert(known[key].annotation, text)
-        except ValueError as error:
-            raise QGraphError(f"--set {pair}: '{key}' {error}") from None
-    get_recipe(recipe, values)  # refuses values out of range
-    return values
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?", text.strip())
-    if found is None or float(found[1]) == 0:
-        raise QGraphError(f"--max-memory {text}: write a size like 2G or 500M")
-    return int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
-
-
-def _size(model: ir.Model) -> int:
-    """Bytes of the files that a model was loaded from."""
-    from qgraph.model_io import DATA, SOURCE
-
-    return sum(path.stat().st_size for path in (model.meta[SOURCE], *model.meta[DATA]))
-
-
 def _printer(shown: set[str]) -> Hook:
+    """A hook that prints the model after the passes called so."""
+
     def show(step: Pass, model: ir.Model, context: Context) -> None:
         from qgraph.text import to_text
 
@@ -370,28 +302,3 @@ def _printer(shown: set[str]) -> Hook:
             print(f"// after {step}\n{to_text(model)}")
 
     return show
-
-
-def _check_file(path: Path, others: set[Path | None]) -> None:
-    """Fail now rather than after long work if `path` cannot be written."""
-    if path.is_dir():
-        raise QGraphError(f"{path} is a folder: name a file")
-    if any(other is not None and other.resolve() == path.resolve() for other in others):
-        raise QGraphError(f"{path} is named twice: give every output its own file")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise QGraphError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file aside and rename it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise QGraphError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)

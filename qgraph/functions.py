@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph import opset
-from qgraph.numerics import SMALLEST_SCALE, TOKEN_STEP, TOKEN_ZERO_POINT
+from qgraph.graph import opset, shared_constant
+from qgraph.numerics import TokenGrid
 
 DOMAIN = "qgraph"
 OBSERVER = "Observer"
@@ -49,21 +49,20 @@ def _observer(version: int) -> ir.Function:
 
 
 def _quantize_per_token(version: int) -> ir.Function:
-    """(x) -> (q uint8, largest): see :func:`qgraph.numerics.quantize_per_token`."""
-    x, body = ir.Value(name="x"), _Body()
-    largest = body.max_last(body.op("Abs", x), version)
-    largest = body.op("Max", largest, body.constant(SMALLEST_SCALE))
-    step, zero = body.constant(TOKEN_STEP), body.constant(np.uint8(TOKEN_ZERO_POINT))
+    """(x, step, zero, floor) -> (q uint8, largest): see `qgraph.numerics.quantize_per_token`."""
+    inputs, body = [ir.Value(name=name) for name in ("x", "step", "zero", "floor")], _Body()
+    x, step, zero, floor = inputs
+    largest = body.op("Max", body.max_last(body.op("Abs", x), version), floor)
     q = body.op("QuantizeLinear", body.op("Div", x, largest), step, zero)
-    return _function(QUANTIZE_PER_TOKEN, [x], [q, largest], body, version)
+    return _function(QUANTIZE_PER_TOKEN, inputs, [q, largest], body, version)
 
 
 def _dequantize_per_token(version: int) -> ir.Function:
-    """(q, largest) -> x: see :func:`qgraph.numerics.dequantize_per_token`."""
-    q, largest, body = ir.Value(name="q"), ir.Value(name="largest"), _Body()
-    step, zero = body.constant(TOKEN_STEP), body.constant(np.uint8(TOKEN_ZERO_POINT))
+    """(q, largest, step, zero) -> x: see `qgraph.numerics.dequantize_per_token`."""
+    inputs, body = [ir.Value(name=name) for name in ("q", "largest", "step", "zero")], _Body()
+    q, largest, step, zero = inputs
     y = body.op("Mul", body.op("DequantizeLinear", q, step, zero), largest)
-    return _function(DEQUANTIZE_PER_TOKEN, [q, largest], [y], body, version)
+    return _function(DEQUANTIZE_PER_TOKEN, inputs, [y], body, version)
 
 
 _MAKERS: dict[str, Callable[[int], ir.Function]] = {
@@ -102,3 +101,16 @@ def undeclare_unused(model: ir.Model) -> None:
 def is_call(node: ir.Node | None, name: str) -> bool:
     """Whether `node` calls the qgraph function `name`."""
     return node is not None and node.domain == DOMAIN and node.op_type == name
+
+
+def grid_values(model: ir.Model, grid: TokenGrid) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Step, zero point and floor of a grid as initializers, shared by all calls with that grid."""
+    step, zero, floor = (
+        shared_constant(model, f"qgraph/token_{name}_{grid.zero}", value)
+        for name, value in (
+            ("step", grid.step),
+            ("zero", np.uint8(grid.zero)),
+            ("floor", grid.floor),
+        )
+    )
+    return step, zero, floor

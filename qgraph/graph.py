@@ -14,7 +14,7 @@ MAIN_DOMAINS = ("", "ai.onnx")
 
 
 def graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
-    """The main graph, the bodies of functions (but qgraph's own), and every graph nested in them."""
+    """The main graph, the bodies of functions (not qgraph's own), and all graphs in them."""
     roots: list[ir.Graph | ir.Function] = [model.graph]
     roots += [f for f in model.functions.values() if f.domain != "qgraph"]
     for root in roots:
@@ -133,6 +133,19 @@ def add_constant(
     return value
 
 
+def shared_constant(model: ir.Model, name: str, data: np.ndarray | np.generic) -> ir.Value:
+    """The initializer with exactly this dtype and content, made on first use."""
+    array_, count = np.asarray(data), 0
+    wished = name
+    while (found := model.graph.initializers.get(wished)) is not None:
+        tensor = found.const_value
+        if tensor is not None and np.array_equal(tensor.numpy(), array_):
+            return found
+        count += 1
+        wished = f"{name}_{count}"
+    return add_constant(model, wished, array_)
+
+
 def insert(
     model: ir.Model,
     anchor: ir.Node,
@@ -196,12 +209,11 @@ def remove_dead(model: ir.Model) -> bool:
     """Remove nodes and initializers that nothing uses. Returns whether anything was removed."""
     from onnx_ir.passes import common
 
-    changed = bool(common.RemoveUnusedNodesPass()(model).modified)
-    return changed
+    return bool(common.RemoveUnusedNodesPass()(model).modified)
 
 
 def node_name(node: ir.Node) -> str:
-    """How remarks call a node. Tracing names nodes by module path, canonicalization makes names unique."""
+    """How remarks call a node. Unique after canonicalization; traced nodes bear their layer."""
     return node.name or (node.outputs[0].name if node.outputs else "") or node.op_type
 
 

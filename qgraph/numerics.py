@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,9 +28,39 @@ SMALLEST_SCALE = np.float32(2.0**-60)
 """A channel of zeros gets this scale: small enough never to matter, and its square, the scale of a
 bias, is still a normal float32."""
 INT32_MAX = 2**31 - 1
-TOKEN_STEP = np.float32(1 / 127)
-"""Step of per-token quantization, relative to the token's largest magnitude."""
-TOKEN_ZERO_POINT = 128
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Where per-token quantization puts its 256 levels, relative to the token's largest magnitude.
+
+    Attributes:
+        step: distance of levels, in units of the largest magnitude.
+        zero: the level of 0.
+        floor: magnitudes are taken to be at least this, so that levels reach the lowest value.
+    """
+
+    step: np.float32
+    zero: int
+    floor: np.float32
+
+
+SYMMETRIC_GRID = TokenGrid(np.float32(1 / 127), 128, SMALLEST_SCALE)
+"""For values of either sign: 128 ± 127."""
+_NEGATIVE_LEVELS = 32
+
+
+def token_grid(lowest: float | None) -> TokenGrid:
+    """The grid for values that are never below `lowest`, None = unknown.
+
+    Where an activation function bounds its output (Relu by 0, Gelu by -0.17), half of a symmetric
+    range would stay empty; the negative side gets no more levels than it needs.
+    """
+    if lowest is None or lowest < -1:
+        return SYMMETRIC_GRID
+    zero = _NEGATIVE_LEVELS if lowest < 0 else 0
+    floor = max(-lowest * (255 - zero) / max(zero, 1), float(SMALLEST_SCALE))
+    return TokenGrid(np.float32(1 / (255 - zero)), zero, np.float32(floor))
 
 
 def along(vector: NDArray[Number], axis: int, rank: int) -> NDArray[Number]:
@@ -127,27 +159,28 @@ def _search_clipping(
     return best_scale, best_zero
 
 
-def quantize_per_token(x: Float) -> tuple[Int, Float]:
-    """ZeroQuant's token-wise activations in uint8 with the fixed zero point 128.
+def quantize_per_token(x: Float, grid: TokenGrid = SYMMETRIC_GRID) -> tuple[Int, Float]:
+    """ZeroQuant's token-wise activations, in uint8 with a fixed zero point.
 
     Unsigned, because u8·s8 products are what CPUs without dot-product instructions are fast at.
-    The constant 1/127 stays out of the returned scale, so that a kernel takes it as its fixed
+    The grid's step stays out of the returned scale, so that a kernel takes it as its fixed
     activation scale and only the token's own magnitude is multiplied in afterwards.
 
     Args:
         x: any shape; the last axis is one token's vector.
+        grid: where the levels lie.
 
     Returns:
-        q (int32 in 1..255, shape of x) and the token's largest magnitude (float32, last axis 1);
-        x ≈ (q - 128) * (1/127) * largest.
+        q (int32 in 0..255, shape of x) and the token's largest magnitude (float32, last axis 1);
+        x ≈ (q - zero) * step * largest.
     """
-    largest = np.maximum(np.abs(x).max(axis=-1, keepdims=True), SMALLEST_SCALE).astype(np.float32)
-    return quantize(x / largest, TOKEN_STEP, TOKEN_ZERO_POINT, 0, 255), largest
+    largest = np.maximum(np.abs(x).max(axis=-1, keepdims=True), grid.floor).astype(np.float32)
+    return quantize(x / largest, grid.step, grid.zero, 0, 255), largest
 
 
-def dequantize_per_token(q: Int, largest: Float) -> Float:
+def dequantize_per_token(q: Int, largest: Float, grid: TokenGrid = SYMMETRIC_GRID) -> Float:
     """The inverse of :func:`quantize_per_token`, up to rounding."""
-    return (dequantize(q, TOKEN_STEP, TOKEN_ZERO_POINT) * largest).astype(np.float32)
+    return (dequantize(q, grid.step, grid.zero) * largest).astype(np.float32)
 
 
 def quantize_bias(bias: Float, x_scale: Scale, w_scale: Scale) -> tuple[Int, Float]:

@@ -16,6 +16,7 @@ from qgraph.passes.convert_opset import ConvertOpset
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
 from qgraph.passes.fold_qdq import FoldQDQ
+from qgraph.passes.fuse import Fuse
 from qgraph.passes.guard_static import GuardStatic
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
@@ -52,7 +53,7 @@ class Recipe:
         return replace(self, passes=(*self.passes[:at], new, *self.passes[at:]))
 
 
-FLOAT_STAGE: tuple[Pass, ...] = (ConvertOpset(13), Canonicalize(), FoldBatchNorm())
+FLOAT_STAGE: tuple[Pass, ...] = (Canonicalize(), FoldBatchNorm(), Fuse(), ConvertOpset(13))
 """What every recipe starts with: the graph made uniform, still float."""
 
 

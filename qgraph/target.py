@@ -21,11 +21,14 @@ class Verdict:
         ok: quantize it.
         reason: one sentence, for the remarks.
         speedup: float time / quantized time as measured, or 0.0 where nothing was measured.
+        conversions: time of converting input and output, in units of the float time, where that
+            is not part of `speedup`: neighbours in integers save it.
     """
 
     ok: bool
     reason: str
     speedup: float = 0.0
+    conversions: float = 0.0
 
 
 class Target(Protocol):

@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.analysis import Site
-from qgraph.annotation import STATS
-from qgraph.graph import array, attribute, dims
+from qgraph.annotation import IN, MOVES, STATS, static_spec
+from qgraph.errors import PipelineError
+from qgraph.graph import array, attribute, dims, is_op
 from qgraph.numerics import (
     along,
     can_saturate,
@@ -21,7 +22,7 @@ from qgraph.numerics import (
     weight_scale_for_bias,
 )
 from qgraph.observers import find_range
-from qgraph.spec import PerAxis, QuantSpec
+from qgraph.spec import Granularity, PerAxis, PerTensor, QuantSpec
 
 CHUNK_BYTES = 16 << 20
 """Weights are quantized in slices of about this size, so that temporaries stay small."""
@@ -55,50 +56,74 @@ class Quantized:
         return dequantize(self.q, *wide)
 
 
-def activation_scale(value: ir.Value, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray] | None:
-    """Scale and zero point of a calibrated value; None without statistics."""
-    stats = value.meta.get(STATS)
+def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of a value with a fixed-scale spec, its own or a user's.
+
+    What only moves data keeps the scale of its source, so that it can move the integers instead.
+
+    Raises:
+        PipelineError: the value has no statistics, or its integers are none of 8 bits.
+    """
+    spec, stats, producer = static_spec(value), value.meta.get(STATS), value.producer()
+    assert spec is not None
+    if producer is not None and is_op(producer, *MOVES) and IN in producer.meta:
+        source = producer.inputs[0]
+        if source is not None and static_spec(source) == spec:
+            return activation_scale(source)
     if stats is None or not stats.count:
-        return None
-    low, high = find_range(stats, spec)
+        raise PipelineError(
+            f"'{value.name}' is to be quantized statically but was not calibrated: "
+            "put insert-observers,calibrate before insert-qdq"
+        )
+    low, high = find_range(stats, _writable(spec, PerTensor))
     return scale_zero_point(np.float32(low), np.float32(high), spec)
 
 
-def quantize_site(
-    site: Site, spec: QuantSpec, static: QuantSpec | None, saturates: bool
-) -> Quantized:
+def _writable(spec: QuantSpec, *kinds: type[Granularity]) -> QuantSpec:
+    """`spec`, if insert-qdq can write it."""
+    if spec.dtype in NUMPY and isinstance(spec.granularity, kinds):
+        return spec
+    raise PipelineError(
+        f"insert-qdq cannot write '{spec}': weights are int8 or uint8, per-tensor or per-axis, "
+        "static activations int8 or uint8, per-tensor"
+    )
+
+
+def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
     """The site's weight in integers, ready for the kernels it will meet.
 
     Args:
         spec: of the weight.
-        static: of the data, if its scale is fixed by calibration; else None.
         saturates: u8·s8 products are added in pairs in int16, see `Target.saturates`.
+
+    Raises:
+        PipelineError: the spec cannot be written, or the data is not calibrated.
     """
     w = array(site.weight)
     assert w is not None
-    axis = spec.granularity.axis if isinstance(spec.granularity, PerAxis) else None
-    data = activation_scale(site.x, static) if static is not None else None
-    floor = _bias_floor(site, data[0]) if data is not None else None
+    axis = _writable(spec, PerTensor, PerAxis).granularity
+    axis = axis.axis if isinstance(axis, PerAxis) else None
+    data: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
+    fixed = activation_scale(site.x) if data is not None and data.observer != "dynamic" else None
+    floor = _bias_floor(site, fixed[0]) if fixed is not None else None
     q, scale, zero = quantize_in_slices(w, axis, spec, floor)
     repaired = 0
-    if saturates and _adds_pairs(site, axis, spec):
-        largest = 255 if static is None or data is None else _largest_pairs(site, static, *data)
+    if saturates and data is not None and _adds_pairs(site, axis, spec):
+        largest = 255 if fixed is None else _largest_pairs(site, *fixed)
         repaired = unsaturated(w, q, scale, site, largest)
     return Quantized(q, scale, zero, axis, repaired)
 
 
-def _largest_pairs(
-    site: Site, spec: QuantSpec, scale: np.ndarray, zero: np.ndarray
-) -> int | np.ndarray:
+def _largest_pairs(site: Site, scale: np.ndarray, zero: np.ndarray) -> int | np.ndarray:
     """The largest integer that either activation of each pair takes in calibration: (K // 2, 1)."""
-    stats = site.x.meta[STATS]
-    tops = stats.channel_high
-    if tops is None:
-        return int(quantize(np.float32(stats.high), scale, zero, spec.qmin, spec.qmax))
+    stats, spec = site.x.meta[STATS], static_spec(site.x)
+    assert spec is not None
+    tops = stats.channel_high if stats.channel_high is not None else np.asarray(stats.high)
     largest = quantize(tops.astype(np.float32), scale, zero, spec.qmin, spec.qmax)
+    largest = np.maximum(largest, zero)  # where a convolution pads, whatever the channel holds
     k = site.kn[0]
-    if largest.size == 0 or k % largest.size:
-        return int(largest.max(initial=0))  # groups: an output meets only some of the channels
+    if not largest.ndim or k % largest.size or attribute(site.node, "group", 1) != 1:
+        return int(largest.max())  # of several groups, an output meets only some of the channels
     largest = np.tile(largest, k // largest.size)
     even = k // 2 * 2
     return np.asarray(np.maximum(largest[0:even:2], largest[1:even:2])[:, np.newaxis])
@@ -120,7 +145,11 @@ def quantize_in_slices(
     """
     dtype = NUMPY[spec.dtype]
     if axis is None:
-        q, scale, zero = quantize_weight(np.asarray(w, np.float32), None, spec)
+        whole = np.asarray(w, np.float32)
+        q, scale, zero = quantize_weight(whole, None, spec)
+        if floor is not None and floor.max() > scale:
+            scale = floor.max()
+            q = quantize(whole, scale, zero, spec.qmin, spec.qmax)
         return q.astype(dtype), scale, zero
     channels = w.shape[axis]
     step = max(1, CHUNK_BYTES * channels // max(w.nbytes, 1))
@@ -187,11 +216,21 @@ def unsaturated(
     return changed
 
 
+def constant_bias(site: Site) -> np.ndarray | None:
+    """The bias that an integer Conv or Gemm can add, float32 (N,), or None."""
+    bias, n = array(site.bias), site.kn[1]
+    if bias is None or site.kind not in ("conv", "gemm"):
+        return None
+    if attribute(site.node, "alpha", 1.0) != 1.0 or attribute(site.node, "beta", 1.0) != 1.0:
+        return None
+    if bias.size not in (1, n) or bias.shape not in ((), (bias.size,), (1, bias.size)):
+        return None
+    return np.array(np.broadcast_to(bias.reshape(-1), n), np.float32)
+
+
 def _bias_floor(site: Site, x_scale: np.ndarray) -> np.ndarray | None:
     """The smallest weight scales at which the site's bias fits int32; None without such a bias."""
-    bias = array(site.bias) if site.bias is not None else None
-    if bias is None or site.kind not in ("conv", "gemm") or bias.ndim != 1:
+    bias = constant_bias(site)
+    if bias is None:
         return None
-    if bias.size != site.kn[1] or attribute(site.node, "beta", 1.0) != 1.0:
-        return None
-    return weight_scale_for_bias(np.zeros(bias.size, np.float32), x_scale, bias)  # type: ignore[arg-type]
+    return weight_scale_for_bias(np.zeros(bias.size, np.float32), x_scale, bias)

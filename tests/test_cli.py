@@ -61,9 +61,23 @@ def test_compile_saves_a_model_that_runs(
 
 def test_compile_writes_a_report_and_json(here: Path) -> None:
     command = ["compile", "model.onnx", "-o", "out.onnx", "-r", "dynamic", "--set", "bits=4"]
-    assert main([*command, "--report", "r.html", "--json", "r.json", "--verify"]) == 0
+    assert (
+        main(
+            [
+                *command,
+                "--set",
+                "optimize_for=prompt",
+                "--report",
+                "r.html",
+                "--json",
+                "r.json",
+                "--verify",
+            ]
+        )
+        == 0
+    )
     told = json.loads(Path("r.json").read_text())
-    assert told["parameters"] == {"bits": 4}
+    assert told["parameters"] == {"bits": 4, "optimize_for": "prompt"}
     assert told["bytes_before"] == Path("model.onnx").stat().st_size
     assert told["bytes_after"] == Path("out.onnx").stat().st_size
     sites = {r["site"] for r in told["remarks"] if r["kind"] in ("quantized", "float")}
@@ -234,6 +248,9 @@ BAD: dict[str, tuple[Callable[[Path], object] | None, str, str]] = {
     "parameter of another type": (None, COMPILE + "-r dynamic --set bits=many", "an integer"),
     "parameter out of range": (None, COMPILE + "-r dynamic --set bits=99", "bits=99"),
     "parameter not among the choices": (None, COMPILE + "--set observer=best", "minmax"),
+    "optimized for nothing known": (
+        None, COMPILE + "-r dynamic --set optimize_for=fun", "prompt, decode, both"
+    ),
     "unknown target": (None, COMPILE + "-r dynamic -t tpu", "use one of cpu"),
     "unknown instruction set": (None, COMPILE + "-r dynamic -t cpu:mmx", "cpu:avx2"),
     "bad size": (None, COMPILE + "-r dynamic --max-memory much", "2G"),

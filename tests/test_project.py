@@ -67,7 +67,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("recipes", "pipeline"),
     ("backends",),
-    ("bench", "compiled", "inspection", "progress", "report", "trace"),
+    ("bench", "compiled", "inspection", "progress", "report", "shell", "tracing"),
     ("api",),
     ("cli",),
     ("__main__",),
@@ -190,6 +190,11 @@ def _signature(thing: object) -> str:
         return re.sub(r"<function (\w+) at 0x\w+>", r"\1", str(inspect.signature(thing)))  # type: ignore[arg-type]
     except ValueError:
         return ""
+
+
+def test_no_public_name_is_a_module_too() -> None:
+    """Importing the module would put it in the place of the function."""
+    assert not set(qgraph.__all__) & {module for module, _ in _sources()}
 
 
 def test_the_public_api_is_the_recorded_one() -> None:

@@ -15,7 +15,7 @@ import torch
 from qgraph.errors import ModelError
 from qgraph.graph import is_op, nodes
 from qgraph.session import open_session, run
-from qgraph.trace import trace
+from qgraph.tracing import trace
 
 
 class Block(torch.nn.Module):
@@ -261,7 +261,7 @@ def test_bad_arguments_are_told_in_one_line(example: Any, shapes: Any, message: 
 def test_without_torch_the_message_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from qgraph.errors import ModelError\nfrom qgraph.trace import trace\n"
+        "from qgraph.errors import ModelError\nfrom qgraph.tracing import trace\n"
         "try:\n    trace(None, None)\nexcept ModelError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,8 +11,15 @@ import onnx_ir as ir
 from qgraph.analysis import Site
 from qgraph.annotation import MOVES
 from qgraph.backends.cpu.isa import ISAS, SATURATING, host_isa, host_model
+from qgraph.backends.cpu.norms import part_norms, part_rms_norms
 from qgraph.backends.cpu.table import Case, Lowering, Table, rounded
-from qgraph.backends.lowering import inline_functions, lower_products, lower_tables, shield_float
+from qgraph.backends.lowering import (
+    inline_functions,
+    lower_products,
+    lower_quantizers,
+    lower_tables,
+    shield_float,
+)
 from qgraph.context import Context
 from qgraph.errors import QGraphError
 from qgraph.graph import attribute, dims, is_op
@@ -30,17 +37,23 @@ PIXELS = 196
 MARGIN = 1.02
 """A quantized operator must beat float by this much: below it, noise decides."""
 
-ISLAND = 0.5
-"""A convolution may be this much slower than float: among quantized ones, leaving it float would
-cost a conversion on either side, which takes about as long as a small convolution."""
+CHAIN = 3
+"""Convolutions in a row, by which the time of one is told from that of the conversions around it."""
 
 SHIPPED: dict[str, dict[int, float]] = {
     "per-token": {1: 4.6, 128: 1.9},
     "per-run": {1: 3.8, 128: 1.85},
     "static": {1: 4.1, 128: 1.85},
+    "norm": {1: 1.0, 128: 1.0},
+    "rms-norm": {1: 1.0, 128: 1.0},
 }
 """For CPUs other than this host: speedups of K=N=2048 products measured on AVX2 without VNNI
-(AMD EPYC, onnxruntime 1.31), the slowest integer products of any x86 server."""
+(AMD EPYC, onnxruntime 1.31), the slowest integer products of any x86 server; norms unmeasured."""
+
+
+NORM_WIDTH = 512
+ASSUMED_CONVOLUTION = (1.5, 0.5)
+"""Speedup and conversions of a convolution on other CPUs: assumed, not measured."""
 
 
 @functools.cache
@@ -91,25 +104,33 @@ class CpuTarget:
             k = dims(site.weight)[1] or k
             if lowering == "depthwise":
                 k = n
+        if site.kind == "conv":
+            return self._convolution(lowering, k, n)
         speedup = self._speedup(lowering, k, n, context)
         where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
-        enough = ISLAND if site.kind == "conv" else MARGIN
-        if speedup < enough:
+        if speedup < MARGIN:
             return Verdict(
                 False, f"int8 {lowering} is {speedup:.2f}x float {where} at this size", speedup
             )
         return Verdict(True, f"{speedup:.2f}x float {where}", speedup)
 
-    def _speedup(self, lowering: Lowering, k: int, n: int, context: Context) -> float:
-        convolution = lowering in ("conv", "pointwise", "depthwise")
+    def _convolution(self, lowering: Lowering, k: int, n: int) -> Verdict:
+        """A convolution's own speedup, and what conversions around it cost: see `qgraph.islands`."""
         if not self.measured:
-            if convolution:
-                return 1.5
-            return float(np.prod([SHIPPED[lowering][m] for m in ROWS[context.optimize_for]]) ** 0.5)
-        rows = (PIXELS,) if convolution else ROWS[context.optimize_for]
+            return Verdict(True, f"assumed for {self.isa}", *ASSUMED_CONVOLUTION)
+        size = (rounded(k, 512), rounded(n, 512), PIXELS)
+        alone, chained = (
+            chain / host_table().speedup(Case(lowering, *size, chain=chain)) for chain in (1, CHAIN)
+        )
+        integer = max((chained - alone) / (CHAIN - 1), 0.05)
+        return Verdict(True, "measured on this host", 1 / integer, max(alone - integer, 0.0))
+
+    def _speedup(self, lowering: Lowering, k: int, n: int, context: Context) -> float:
+        rows = ROWS[context.optimize_for]
+        if not self.measured:
+            return float(np.exp(np.mean([np.log(SHIPPED[lowering][m]) for m in rows])))
         table = host_table()
-        most = 512 if convolution else 2048
-        cases = [Case(lowering, rounded(k, most), rounded(n, most), m) for m in rows]
+        cases = [Case(lowering, rounded(k), rounded(n), m) for m in rows]
         return float(np.exp(np.mean([np.log(table.speedup(case)) for case in cases])))
 
     def supports_glue(self, node: ir.Node) -> bool:
@@ -118,7 +139,12 @@ class CpuTarget:
     def legalize(self, model: ir.Model, context: Context) -> bool:
         changed = lower_tables(model)
         changed |= lower_products(model, "onnxruntime")
+        changed |= lower_quantizers(model)
         changed |= shield_float(model)
+        if self._speedup("norm", NORM_WIDTH, NORM_WIDTH, context) > MARGIN:
+            changed |= part_norms(model)
+        if self._speedup("rms-norm", NORM_WIDTH, NORM_WIDTH, context) > MARGIN:
+            changed |= part_rms_norms(model)
         return inline_functions(model) or changed
 
 

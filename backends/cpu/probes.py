@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.backends.lowering import inline_functions, lower_products
-from qgraph.functions import DEQUANTIZE_PER_TOKEN, QUANTIZE_PER_TOKEN, declare
+from qgraph.backends.lowering import inline_functions, lower_products, lower_quantizers
+from qgraph.functions import (
+    DEQUANTIZE_PER_TOKEN,
+    QUANTIZE_PER_TOKEN,
+    declare,
+    grid_values,
+)
 from qgraph.graph import add_constant
-
-CHAIN = 3
-"""Convolutions in a row, so that conversions at both ends do not decide alone."""
+from qgraph.numerics import SYMMETRIC_GRID
 
 
 class _Builder:
@@ -61,18 +64,21 @@ class _Builder:
 
 
 def build(
-    lowering: str, k: int, n: int, m: int, quantized: bool
+    lowering: str, k: int, n: int, m: int, quantized: bool, chain: int = 1
 ) -> tuple[ir.Model, dict[str, np.ndarray]]:
     """The float or quantized form of one case, and a feed for it; arguments as in `table.Case`."""
     if lowering in ("conv", "pointwise", "depthwise"):
-        return _convolutions(lowering, k, n, m, quantized)
+        return _convolutions(lowering, k, n, m, quantized, chain)
+    if lowering in ("norm", "rms-norm"):
+        return _norm(lowering, k, m, quantized)
     b = _Builder([m, k])
     x, w = b.x, b.weight([k, n], 1, quantized)
     if quantized and lowering == "per-token":
         declare(b.model, QUANTIZE_PER_TOKEN)
         declare(b.model, DEQUANTIZE_PER_TOKEN)
-        q = b.op(QUANTIZE_PER_TOKEN, x, domain="qgraph", outputs=2)
-        x = b.op(DEQUANTIZE_PER_TOKEN, *q.outputs, domain="qgraph").outputs[0]
+        step, zero, floor = grid_values(b.model, SYMMETRIC_GRID)
+        q = b.op(QUANTIZE_PER_TOKEN, x, step, zero, floor, domain="qgraph", outputs=2)
+        x = b.op(DEQUANTIZE_PER_TOKEN, *q.outputs, step, zero, domain="qgraph").outputs[0]
     elif quantized and lowering == "per-run":
         x = b.op("DequantizeLinear", *b.op("DynamicQuantizeLinear", x, outputs=3).outputs).outputs[
             0
@@ -82,19 +88,20 @@ def build(
     model = b.finish(b.op("MatMul", x, w).outputs[0])
     if quantized:
         lower_products(model, "onnxruntime")
+        lower_quantizers(model)
         inline_functions(model)
     return model, {"x": b.rng.normal(size=(m, k)).astype(np.float32)}
 
 
 def _convolutions(
-    lowering: str, k: int, n: int, m: int, quantized: bool
+    lowering: str, k: int, n: int, m: int, quantized: bool, chain: int
 ) -> tuple[ir.Model, dict[str, np.ndarray]]:
     side = max(1, round(m**0.5))
     b = _Builder([1, k, side, side])
     value = b.through_integers(b.x) if quantized else b.x
     size = 1 if lowering == "pointwise" else 3
     channels = k
-    for index in range(CHAIN):
+    for index in range(chain):
         wide = k if lowering == "depthwise" else (n if index % 2 == 0 else k)
         group = k if lowering == "depthwise" else 1
         w = b.weight([wide, channels // group, size, size], 0, quantized)
@@ -106,3 +113,20 @@ def _convolutions(
         channels = wide
     feed = {"x": b.rng.normal(size=(1, k, side, side)).astype(np.float32)}
     return b.finish(value), feed
+
+
+def _norm(lowering: str, k: int, m: int, apart: bool) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """A residual addition and its norm, in one fused operator or apart."""
+    b = _Builder([m, k])
+    gamma = b.constant(np.ones(k, np.float32))
+    if lowering == "norm":
+        total = b.op("Sum" if apart else "Add", b.x, b.x).outputs[0]
+        y = b.op("LayerNormalization", total, gamma, gamma, axis=-1).outputs[0]
+    elif apart:
+        total = b.op("Sum", b.x, b.x).outputs[0]
+        y = b.op("SimplifiedLayerNormalization", total, gamma, axis=-1).outputs[0]
+    else:
+        b.model.opset_imports["com.microsoft"] = 1
+        op_type = "SkipSimplifiedLayerNormalization"
+        y = b.op(op_type, b.x, b.x, gamma, domain="com.microsoft").outputs[0]
+    return b.finish(y), {"x": b.rng.normal(size=(m, k)).astype(np.float32)}

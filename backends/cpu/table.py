@@ -19,8 +19,10 @@ import numpy as np
 from qgraph.backends.cpu.isa import host_isa, host_model
 from qgraph.backends.cpu.probes import build
 
-Lowering = Literal["per-token", "per-run", "static", "conv", "pointwise", "depthwise"]
-VERSION = 2
+Lowering = Literal[
+    "per-token", "per-run", "static", "conv", "pointwise", "depthwise", "norm", "rms-norm"
+]
+VERSION = 4
 """Raise it when the probes change: tables of other versions are measured anew."""
 ROUNDS = 7
 SECONDS = 0.004
@@ -33,18 +35,21 @@ class Case:
 
     Attributes:
         lowering: products of `per-token` or `per-run` dynamic or `static` activations with a constant
-            int8 weight; static convolutions of three kinds.
+            int8 weight; static convolutions of three kinds; residual norms taken apart.
         k, n: input and output channels, rounded to powers of two.
         m: rows of the product, or output pixels of the convolution.
+        chain: convolutions in a row, with conversions at both ends only.
     """
 
     lowering: Lowering
     k: int
     n: int
     m: int
+    chain: int = 1
 
     def __str__(self) -> str:
-        return f"{self.lowering} {self.k}x{self.n} m={self.m}"
+        chain = f" chain={self.chain}" if self.chain > 1 else ""
+        return f"{self.lowering} {self.k}x{self.n} m={self.m}{chain}"
 
 
 def rounded(size: int, most: int = 2048) -> int:
@@ -106,7 +111,7 @@ def measure(case: Case) -> float:
 
     sessions, feed = [], {}
     for quantized in (False, True):
-        model, feed = build(case.lowering, case.k, case.n, case.m, quantized)
+        model, feed = build(case.lowering, case.k, case.n, case.m, quantized, case.chain)
         sessions.append(open_session(model, threads=1))
     repeats = [_repeats(session, feed) for session in sessions]
     best = [np.inf, np.inf]

@@ -7,7 +7,6 @@ outputs by the structure it returns), and errors that name the layer.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import inspect
 import io
@@ -21,6 +20,7 @@ import onnx_ir as ir
 
 from qgraph.errors import ModelError
 from qgraph.graph import graphs, nodes
+from qgraph.text import layer
 
 if TYPE_CHECKING:
     import torch
@@ -222,6 +222,8 @@ def _drop_metadata(model: ir.Model) -> None:
     for node in nodes(model):
         for key in _UNUSED_METADATA:
             node.metadata_props.pop(key, None)
+        if "_empty_nn_module_stack" in node.metadata_props.get(SCOPES_KEY, ""):
+            del node.metadata_props[SCOPES_KEY]  # torch's way to say that it does not know
 
 
 def _name_values(model: ir.Model, exported: torch.export.ExportedProgram | None) -> None:
@@ -281,20 +283,8 @@ def _name_nodes(model: ir.Model) -> None:
     """Name every node by the module it comes from and its operator."""
     taken: set[str | None] = set()
     for node in nodes(model):
-        path = _module_path(node)
+        path = layer(node)
         node.name = _unique(f"{path}/{node.op_type}" if path else node.op_type, taken)
-
-
-def _module_path(node: ir.Node) -> str:
-    """Path of the module that `node` was captured in, "" for the module that was traced."""
-    text = node.metadata_props.get(SCOPES_KEY)
-    if not text:
-        return ""
-    scopes = ast.literal_eval(
-        text
-    )  # ['', 'encoder', 'encoder.query', 'linear']: the last is the call
-    paths = [scope for scope in scopes[:-1] if not scope.startswith("_empty_nn_module_stack")]
-    return str(paths[-1]) if paths else ""
 
 
 def _unique(name: str, taken: set[str | None]) -> str:

@@ -1,0 +1,275 @@
+"""The models that the measuring scripts and `tests/test_models.py` go over, with their tasks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import qgraph
+from benchmarks import tasks, zoo
+from benchmarks.metrics import agreement, sqnr_db
+from benchmarks.tasks import Feed, Runner
+from benchmarks.zoo import Array
+from qgraph.model_io import save
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a model is good for, as one number of a runner.
+
+    Attributes:
+        name: with its unit.
+        measure: the number.
+        style: how to print it, a format specification.
+    """
+
+    name: str
+    measure: Callable[[Runner], float]
+    style: str = ".4f"
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How alike the answers of two runners are: `measure(float runner, other)`."""
+
+    name: str
+    measure: Callable[[Runner, Runner], float]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model.
+
+    Attributes:
+        name: as on the command line.
+        build: writes or finds the float model, given a scratch folder; a file or a genai folder.
+        calibration: feeds for the recipes and for onnxruntime's `quantize_static`, from material
+            that no metric uses.
+        evaluation: feeds on which outputs are compared with float.
+        timed: sets of feeds to time, by name; each feed is one call.
+        metric, likeness: None where nothing is known about the task.
+    """
+
+    name: str
+    build: Callable[[Path], Path]
+    calibration: Callable[[Path], list[Feed]]
+    evaluation: Callable[[Path], list[Feed]]
+    timed: Callable[[Path], dict[str, list[Feed]]]
+    metric: Metric | None = None
+    likeness: Likeness | None = None
+
+
+def model_file(path: Path) -> Path:
+    """The ONNX file of a model that may be a folder."""
+    return path / "model.onnx" if path.is_dir() else path
+
+
+def outputs(runner: Runner, feeds: Sequence[Feed]) -> Array:
+    """The first output for every feed, flat and one after the other: shapes may differ."""
+    return np.concatenate([np.ravel(runner(feed)[0]) for feed in feeds])
+
+
+def sqnr(reference: Array, other: Array) -> float:
+    """Decibels over all outputs; nan if `other` has another size or is not finite."""
+    if reference.shape != other.shape or not np.isfinite(other).all():
+        return float("nan")
+    return sqnr_db(reference, other)
+
+
+def same_answers(feeds: Callable[[], list[Feed]]) -> Likeness:
+    """The share of feeds for which the largest output is at the same place."""
+
+    def measure(reference: Runner, runner: Runner) -> float:
+        rows = [np.concatenate([run(f)[0] for f in feeds()]) for run in (reference, runner)]
+        return agreement(*rows)
+
+    return Likeness("same class", measure)
+
+
+# ------------------------------------------------------------------------------- the models
+
+
+def _traced_efficientnet(scratch: Path) -> Path:
+    import torch
+
+    module, (image,) = zoo.efficientnet_lite0_module()
+    two = image.repeat(2, 1, 1, 1)  # a batch of 1 would be taken for a constant
+    model = qgraph.trace(module, two, {"inputs": {0: torch.export.Dim("batch")}})
+    return _saved(model, scratch / "efficientnet.onnx")
+
+
+def _traced_minilm(scratch: Path) -> Path:
+    module, example, shapes = zoo.minilm_module()
+    return _saved(qgraph.trace(module, example, shapes), scratch / "minilm.onnx")
+
+
+def _saved(model: object, path: Path) -> Path:
+    save(model, path)  # type: ignore[arg-type]
+    return path
+
+
+def _efficientnet(name: str, build: Callable[[Path], Path]) -> Subject:
+    return Subject(
+        name,
+        build,
+        lambda _: tasks.images_calibration(),
+        lambda _: tasks.images_eval(),
+        lambda _: {"1 image": tasks.images_eval()[::20]},
+        Metric("right of 138", tasks.top1, ".0f"),
+        Likeness("same class", tasks.top1_agreement),
+    )
+
+
+def _minilm() -> Subject:
+    def timed(_: Path) -> dict[str, list[Feed]]:
+        return {
+            "8 sentences": tasks.minilm_feeds(n=64),
+            "1 sentence": tasks.minilm_feeds(n=8, batch=1),
+        }
+
+    return Subject(
+        "minilm",
+        _traced_minilm,
+        lambda _: tasks.minilm_feeds("calibration"),
+        lambda _: tasks.minilm_feeds(n=32),
+        timed,
+        None,
+        Likeness("cosine", tasks.embedding_cosine),
+    )
+
+
+def _ppocr() -> list[Subject]:
+    return [
+        Subject(
+            "ppocr-det",
+            lambda _: zoo.ppocr("det"),
+            lambda _: tasks.ocr_feeds("det", "calibration", 8),
+            lambda _: tasks.ocr_feeds("det", "eval", 3),
+            lambda _: {"1 page": tasks.ocr_feeds("det", "eval", 2)},
+            None,
+            Likeness("text overlap", tasks.det_iou),
+        ),
+        Subject(
+            "ppocr-rec",
+            lambda _: zoo.ppocr("rec"),
+            lambda _: tasks.ocr_feeds("rec", "calibration", 48),
+            lambda _: tasks.ocr_feeds("rec", "eval")[::4],
+            lambda _: {"1 line": tasks.ocr_feeds("rec", "eval", 5)},
+            Metric("characters wrong, %", lambda run: 100 * tasks.rec_cer(run), ".2f"),
+        ),
+        Subject(
+            "ppocr-cls",
+            lambda _: zoo.ppocr("cls"),
+            lambda _: tasks.ocr_feeds("cls", "calibration", 64),
+            lambda _: tasks.ocr_feeds("cls", "eval"),
+            lambda _: {"1 line": tasks.ocr_feeds("cls", "eval", 4)},
+            Metric("right, %", lambda run: 100 * tasks.cls_accuracy(run), ".1f"),
+            same_answers(lambda: tasks.ocr_feeds("cls", "eval")),
+        ),
+    ]
+
+
+def _silero(name: str, file: str) -> Subject:
+    @functools.cache
+    def frames(path: Path) -> list[Feed]:
+        audio, _ = tasks.speech("eval", 4)
+        feeds = [feed for feed, _ in tasks.silero_feeds(tasks.session(path), audio)]
+        return feeds[:: max(1, len(feeds) // 200)]
+
+    return Subject(
+        name,
+        lambda _: zoo.silero_vad(file),
+        tasks.silero_calibration,
+        frames,
+        lambda path: {"1 frame": frames(path)[::40]},
+        Metric("AUC", tasks.silero_auc),
+    )
+
+
+def _magika() -> Subject:
+    feeds = functools.cache(lambda: [feed for feed, _ in tasks.magika_files("eval")])
+    return Subject(
+        "magika",
+        lambda _: zoo.magika(),
+        lambda _: tasks.magika_calibration(),
+        lambda _: feeds(),
+        lambda _: {"1 file": feeds()[::40]},
+        Metric("right, %", lambda run: 100 * tasks.magika_accuracy(run), ".1f"),
+        same_answers(feeds),
+    )
+
+
+def _smollm2() -> Subject:
+    def chunk(path: Path, length: int) -> list[Feed]:
+        shapes = tasks.input_shapes(path)
+        tokens = tasks.smollm2_chunks("eval", n=1, length=length)
+        return [tasks.fit({"input_ids": tokens}, shapes)]
+
+    return Subject(
+        "smollm2",
+        lambda _: zoo.smollm2_genai(),
+        lambda path: tasks.smollm2_calibration(path, 16),
+        lambda path: chunk(path, 256),
+        lambda path: {"prompt of 512": chunk(path, 512)},
+        Metric("perplexity", lambda run: tasks.perplexity(run, tasks.smollm2_chunks()), ".3f"),
+        Likeness(
+            "same next token",
+            lambda reference, run: agreement(
+                *(r(chunk(zoo.smollm2_genai(), 256)[0])[0] for r in (reference, run))
+            ),
+        ),
+    )
+
+
+def _light(name: str, path: Path) -> Subject:
+    def images(seed: int, n: int) -> list[Feed]:
+        random = np.random.default_rng(seed)
+        shapes = tasks.input_shapes(path)
+        return [
+            {key: random.random(shape, np.float32) for key, shape in shapes.items()}  # type: ignore[arg-type]
+            for _ in range(n)
+        ]
+
+    return Subject(
+        f"light-{name.replace('_', '-')}",
+        lambda _: path,
+        lambda _: images(0, 2),
+        lambda _: images(1, 1),
+        lambda _: {"1 image": images(1, 1)},
+    )
+
+
+@functools.cache
+def subjects() -> dict[str, Subject]:
+    """All of them by name, small before large."""
+    listed = [
+        _efficientnet("efficientnet", _traced_efficientnet),
+        _efficientnet("efficientnet-onnx", lambda _: zoo.efficientnet_lite0_onnx()),
+        _minilm(),
+        *_ppocr(),
+        _silero("silero", "silero_vad.onnx"),
+        _silero("silero-16k", "silero_vad_16k_op15.onnx"),
+        _magika(),
+        _smollm2(),
+        *(_light(name, path) for name, path in zoo.light_models().items()),
+    ]
+    return {subject.name: subject for subject in listed}
+
+
+def chosen(names: Sequence[str] | None) -> list[Subject]:
+    """The subjects whose names start with one of `names`, or all of them.
+
+    Raises:
+        SystemExit: a name fits none.
+    """
+    known = subjects()
+    if not names:
+        return list(known.values())
+    for name in names:
+        if not any(key.startswith(name) for key in known):
+            raise SystemExit(f"no model '{name}': there are {', '.join(known)}")
+    return [s for key, s in known.items() if key.startswith(tuple(names))]

@@ -1,0 +1,220 @@
+"""One float model, five ways: as it is, by qgraph's recipes, by onnxruntime's own quantizers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+import qgraph
+from benchmarks.subjects import Subject, model_file
+from benchmarks.tasks import Feed
+from qgraph.analysis import FLOATS
+from qgraph.backends import get_target
+from qgraph.graph import constant, dims, is_op, node_name, nodes
+from qgraph.model_io import DATA, SOURCE
+from qgraph.recipes import get_recipe
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way that worked out, or did not.
+
+    Attributes:
+        name: one of :data:`VARIANTS`.
+        path: the model, None where `note` says why there is none.
+        remarks: of qgraph.
+        note: what went wrong.
+    """
+
+    name: str
+    path: Path | None = None
+    remarks: qgraph.Remarks | None = None
+    note: str = ""
+
+
+def make(name: str, subject: Subject, model: Path, folder: Path) -> Variant:
+    """Make one variant of the float `model` in `folder`; a failure becomes a note."""
+    try:
+        with quiet():
+            made = VARIANTS[name](subject, model, folder / name.replace(" ", "-"))
+    except Exception as error:
+        return Variant(name, note=_reason(error))
+    return replace(made, name=name)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def size(path: Path) -> int:
+    """Bytes of a model's file and of its external data."""
+    model = qgraph.load(path)
+    return sum(file.stat().st_size for file in (model.meta[SOURCE], *model.meta[DATA]))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the log messages, prints and warnings of onnxruntime's quantizers."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# ----------------------------------------------------------------------------------- the five
+
+
+def _float(_: Subject, model: Path, out: Path) -> Variant:
+    return Variant("", model)
+
+
+def _static(subject: Subject, model: Path, out: Path) -> Variant:
+    compiled = qgraph.compile(model, "static", subject.calibration(model))
+    return Variant("", compiled.save(_like(model, out)), compiled.remarks)
+
+
+def _dynamic(_: Subject, model: Path, out: Path) -> Variant:
+    compiled = qgraph.compile(model, "dynamic")
+    return Variant("", compiled.save(_like(model, out)), compiled.remarks)
+
+
+def _ort_static(subject: Subject, model: Path, out: Path) -> Variant:
+    """`quantize_static` as its documentation recommends it: pre-processed, QDQ, per channel."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self, feeds: list[Feed]) -> None:
+            self.feeds = iter(feeds)
+
+        def get_next(self) -> Feed | None:
+            return next(self.feeds, None)
+
+    feeds, path = subject.calibration(model), _beside(model, out)
+
+    def quantize(prepared: Path, per_channel: bool) -> None:
+        quantize_static(
+            prepared,
+            model_file(path),
+            Reader(feeds),
+            quant_format=QuantFormat.QDQ,
+            per_channel=per_channel,
+            use_external_data_format=model.is_dir(),
+        )
+
+    with _prepared(model, out) as prepared:
+        try:
+            quantize(prepared, per_channel=True)
+        except Exception as error:
+            quantize(prepared, per_channel=False)
+            return Variant("", path, note=f"per tensor, since per channel fails: {_reason(error)}")
+    return Variant("", path)
+
+
+def _ort_dynamic(_: Subject, model: Path, out: Path) -> Variant:
+    """`quantize_dynamic` with a scale for each channel of a weight."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    path = _beside(model, out)
+    quantize_dynamic(
+        model_file(model),
+        model_file(path),
+        per_channel=True,
+        use_external_data_format=model.is_dir(),
+    )
+    return Variant("", path)
+
+
+VARIANTS: dict[str, Callable[[Subject, Path, Path], Variant]] = {
+    "float": _float,
+    "qgraph static": _static,
+    "qgraph dynamic": _dynamic,
+    "onnxruntime static": _ort_static,
+    "onnxruntime dynamic": _ort_dynamic,
+}
+
+
+def _like(model: Path, out: Path) -> Path:
+    """`out` as a folder where the model is one, else as a file."""
+    return out if model.is_dir() else out.with_suffix(".onnx")
+
+
+def _beside(model: Path, out: Path) -> Path:
+    """Like :func:`_like`; a folder is made, with the companions of the model."""
+    if model.is_dir():
+        shutil.copytree(model, out, ignore=shutil.ignore_patterns("model.onnx*"))
+    return _like(model, out)
+
+
+@contextlib.contextmanager
+def _prepared(model: Path, out: Path) -> Iterator[Path]:
+    """The float model after onnxruntime's pre-processing, at opset 13 or newer.
+
+    Per-channel scales need opset 13. A model that the pre-processing refuses is given as it is.
+    """
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    folder = out.with_suffix(".work")
+    folder.mkdir()
+    try:
+        source, prepared = model_file(model), folder / "prepared.onnx"
+        if _opset(source) < 13:
+            converted = onnx.version_converter.convert_version(onnx.load(source), 13)
+            source = folder / "converted.onnx"
+            onnx.save(converted, source)
+        try:
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        except Exception:
+            prepared = source
+        yield prepared
+    finally:
+        shutil.rmtree(folder)
+
+
+def _opset(path: Path) -> int:
+    imports = onnx.load(path, load_external_data=False).opset_import
+    return min((i.version for i in imports if i.domain in ("", "ai.onnx")), default=13)
+
+
+# -------------------------------------------------------------------------------- the remarks
+
+
+def must_have_a_verdict(model: Path, recipe: str) -> list[str]:
+    """Names of the operators that a compilation's remarks have to account for.
+
+    Every MatMul, Gemm, Conv and ConvTranspose on floats and every Gather on a float weight with
+    rows, bodies of control flow included, as they are just before annotation. Found without
+    `qgraph.analysis`, which is under test here.
+    """
+    passes = get_recipe(recipe, {}).passes
+    before = [p.name for p in passes].index("annotate")
+    prepared = qgraph.load(model)
+    qgraph.PassManager(passes[:before]).run(prepared, qgraph.Context(get_target("cpu")))
+    return [node_name(node) for node in nodes(prepared) if _counts(node)]
+
+
+def _counts(node: ir.Node) -> bool:
+    if is_op(node, "Gather"):
+        table = constant(node.inputs[0])
+        return table is not None and table.dtype in FLOATS and len(dims(node.inputs[0])) >= 2
+    if not is_op(node, "MatMul", "Gemm", "Conv", "ConvTranspose"):
+        return False
+    data = node.inputs[0]
+    return data is None or data.dtype is None or data.dtype in FLOATS
+
+
+def unaccounted(model: Path, recipe: str, remarks: qgraph.Remarks) -> list[str]:
+    """The operators that ought to have a verdict but have none."""
+    return [name for name in must_have_a_verdict(model, recipe) if name not in remarks.verdicts()]
