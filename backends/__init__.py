@@ -6,13 +6,14 @@ if __name__ != "qgraph.backends":
     raise ImportError("import this package as qgraph.backends")
 
 from qgraph.backends import cpu
+from qgraph.backends.cpu.isa import ISAS
 from qgraph.backends.onnx import OnnxTarget
 from qgraph.errors import QGraphError
 from qgraph.target import Target
 
 TARGETS: tuple[tuple[str, str], ...] = (
     ("cpu", "stock onnxruntime on this machine; kernels are chosen by measuring them here"),
-    *((f"cpu:{isa}", f"stock onnxruntime on another CPU with {isa}") for isa in cpu.ISAS),
+    *((f"cpu:{isa}", f"stock onnxruntime on another CPU with {isa}") for isa in ISAS),
     ("onnx", "standard operators only, for any runtime that reads ONNX"),
 )
 """Names and one-line descriptions."""

@@ -72,13 +72,32 @@ def _match(node: ir.Node) -> _Product | None:
     if data is None or weight is None or not is_op(weight, "DequantizeLinear"):
         return None
     q = array(weight.inputs[0])
-    if q is None or q.dtype != np.int8 or q.ndim != 2:
+    if q is None or q.dtype != np.int8 or q.ndim != 2 or attribute(node, "transA", 0):
+        return None
+    if _symmetric_scale(weight, 0 if attribute(node, "transB", 0) else 1) is None:
         return None
     source = data.inputs[0].producer() if data.inputs[0] is not None else None
     per_run = is_op(data, "DequantizeLinear") and is_op(source, "DynamicQuantizeLinear")
     if not (per_run or is_call(data, DEQUANTIZE_PER_TOKEN)):
         return None
     return _Product(node, data, weight)
+
+
+def _symmetric_scale(dq: ir.Node, axis: int) -> np.ndarray | None:
+    """The float32 scale of a DequantizeLinear without zero point, one or for each index of `axis`.
+
+    Integer kernels know nothing else; a model can bring other quantization along.
+    """
+    scale, rank = array(dq.inputs[1]), len(dims(dq.inputs[0]))
+    if scale is None or scale.dtype != np.float32:
+        return None
+    if len(dq.inputs) > 2 and dq.inputs[2] is not None:
+        zero = array(dq.inputs[2])
+        if zero is None or zero.any():
+            return None
+    if scale.size == 1 and scale.ndim < 2:
+        return scale
+    return scale if scale.ndim == 1 and attribute(dq, "axis", 1) % rank == axis else None
 
 
 def _lower_product(model: ir.Model, product: _Product, dialect: Dialect) -> None:
@@ -108,8 +127,9 @@ def _lower_product(model: ir.Model, product: _Product, dialect: Dialect) -> None
     elif dialect == "onnxruntime":
         assert q is not None
         x = q.producer().inputs[0]  # type: ignore[union-attr]
-        y = op("DynamicQuantizeMatMul", x, weight, scale, None, bias, domain=MICROSOFT)
-        bias = None
+        fused = bias if dims(bias) == dims(weight)[1:] else None
+        y = op("DynamicQuantizeMatMul", x, weight, scale, None, fused, domain=MICROSOFT)
+        bias = None if fused is not None else bias
     else:
         x_scale, x_zero = (a_scale, a_zero) if per_token else product.data.inputs[1:3]
         total = op("Cast", op("MatMulInteger", q, weight, x_zero), to=int(ir.DataType.FLOAT))
@@ -215,10 +235,10 @@ def lower_tables(model: ir.Model) -> bool:
         dq = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
         if not is_op(node, "Gather") or dq is None or not is_op(dq, "DequantizeLinear"):
             continue
-        table, scales = array(dq.inputs[0]), array(dq.inputs[1])
+        table, scales = array(dq.inputs[0]), _symmetric_scale(dq, 0)
         if table is None or scales is None or attribute(node, "axis", 0) % table.ndim != 0:
             continue
-        if scales.ndim != 1 or attribute(dq, "axis", 1) % table.ndim != 0:
+        if scales.shape != table.shape[:1]:
             continue
         _lower_table(model, node, dq, scales.reshape(-1, *[1] * (table.ndim - 1)))
         changed = True
@@ -294,9 +314,9 @@ def inline_functions(model: ir.Model) -> bool:
     """Replace what calls of qgraph functions are left by their bodies."""
     remove_dead(model)
     changed = bool(common.InlinePass(lambda function: function.domain == DOMAIN)(model).modified)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(
-        model
-    ) if changed else None
-    common.DeduplicateInitializersPass()(model) if changed else None
+    if changed:
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.DeduplicateInitializersPass()(model)
+        model.meta.pop("qgraph.names", None)  # there are names now that it does not know
     undeclare_unused(model)
     return changed

@@ -5,6 +5,7 @@ if __name__ != "qgraph.passes":
 
 from qgraph.pass_manager import Pass
 from qgraph.passes.annotate import Annotate
+from qgraph.passes.balance_tables import BalanceTables
 from qgraph.passes.bias_correction import BiasCorrection
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.canonicalize import Canonicalize
@@ -21,6 +22,7 @@ from qgraph.passes.lower import Lower
 
 ALL: tuple[type[Pass], ...] = (
     Annotate,
+    BalanceTables,
     BiasCorrection,
     Calibrate,
     Canonicalize,

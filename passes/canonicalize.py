@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,7 @@ from qgraph.graph import (
 )
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.passes.fold_constants import FoldConstants
+from qgraph.session import INLINE_BYTES
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Canonicalize(Pass):
         a call of a model-local function           its body (functions of domain qgraph stay)
         If with a constant condition               the branch that is taken
         nodes whose results nobody reads           gone
+        initializers with the same content         one of them
 
     Every node and every value gets a name of its own, control-flow bodies included, so that remarks
     can call a layer by its name; types and shapes are inferred. Constants are folded by
@@ -76,7 +79,7 @@ class Canonicalize(Pass):
         if simplified:
             context.remark("applied", self.name, "", "", "simplified nodes", count=simplified)
             infer_types(model)
-        changed |= remove_dead(model)
+        changed |= _share_equal(model) | remove_dead(model)
         return changed or bool(simplified)
 
     def _constants_are_no_inputs(self, model: ir.Model, context: Context) -> bool:
@@ -110,6 +113,27 @@ class Canonicalize(Pass):
         model.functions.clear()
         model.functions.update(copy.functions)
         return True
+
+
+def _share_equal(model: ir.Model) -> bool:
+    """One initializer for all with the same content: folding makes copies in every If branch.
+
+    Memory-mapped weights are not compared, which would mean reading them all.
+    """
+    first: dict[tuple[ir.DataType, tuple[int | ir.SymbolicDim, ...], bytes], ir.Value] = {}
+    changed = False
+    for value in list(model.graph.initializers.values()):
+        tensor = constant(value)
+        if tensor is None or isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
+            continue
+        if tensor.nbytes <= INLINE_BYTES or value.is_graph_output():
+            continue
+        digest = hashlib.blake2b(tensor.tobytes(), digest_size=16).digest()
+        known = first.setdefault((tensor.dtype, tuple(tensor.shape), digest), value)
+        if known is not value:
+            ir.convenience.replace_all_uses_with(value, known)
+            changed = True
+    return changed
 
 
 def _drop_identity(node: ir.Node) -> bool:

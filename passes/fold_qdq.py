@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph.annotation import MOVES
 from qgraph.context import Context
-from qgraph.graph import array, graphs, is_op, redirect, remove_dead
+from qgraph.graph import array, graphs, is_op, redirect, remove_dead, scope
 from qgraph.numerics import quantize
 from qgraph.pass_manager import Contract, Pass, Stage
 
@@ -46,13 +46,17 @@ class FoldQDQ(Pass):
         changed = False
         for graph in graphs(model):
             for node in graph:
-                while is_op(node, "QuantizeLinear") and node.outputs[0].uses():
+                while is_op(node, "QuantizeLinear") and not _idle(node):
                     if not (_cancel(node) or _move(node) or _absorb_clamp(node)):
                         break
                     changed = True
         if changed:
             remove_dead(model)
         return changed
+
+
+def _idle(q: ir.Node) -> bool:
+    return not q.outputs[0].uses() and not q.outputs[0].is_graph_output()
 
 
 def _cancel(q: ir.Node) -> bool:
@@ -76,10 +80,13 @@ def _move(q: ir.Node) -> bool:
     dq = _producer(move)
     if not is_op(dq, "DequantizeLinear") or dq is None or not same_parameters(dq, q):
         return False
-    if move.outputs[0].is_graph_output() or array(q.inputs[1]) is None or array(q.inputs[1]).ndim:  # type: ignore[union-attr]
+    scale = array(q.inputs[1])
+    if move.outputs[0].is_graph_output() or scale is None or scale.ndim:
         return False
     source, result = dq.inputs[0], q.outputs[0]
     if result.is_graph_output() or source is None:
+        return False
+    if is_op(move, "MaxPool") and source.dtype not in (ir.DataType.UINT8, ir.DataType.INT8):
         return False
     move.replace_input_with(0, source)
     move.outputs[0].type = ir.TensorType(source.dtype or ir.DataType.UINT8)
@@ -101,12 +108,13 @@ def _absorb_clamp(q: ir.Node) -> bool:
         return False
     qmin, qmax = _RANGES[dtype]
     at_low, at_high = (
-        int(quantize(np.float32(bound), scale, zero.astype(np.int32), qmin, qmax))  # type: ignore[arg-type]
+        int(quantize(np.float32(bound), scale, zero.astype(np.int32), qmin, qmax))
         for bound in (low, high)
     )
     if (at_low, at_high) != (qmin, qmax):
         return False
     q.replace_input_with(0, clamp.inputs[0])
+    scope(clamp).remove(clamp, safe=True)
     return True
 
 
@@ -137,6 +145,8 @@ def same_parameters(a: ir.Node, b: ir.Node) -> bool:
     """Whether two Q/DQ nodes have equal constant scales and zero points, and one scale each."""
     for index in (1, 2):
         left, right = (n.inputs[index] if index < len(n.inputs) else None for n in (a, b))
+        if left is None or right is None:  # then Q makes uint8 of whatever DQ took
+            return False
         if left is right:
             continue
         x, y = array(left), array(right)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import Site, lowest_value, site_of
+from qgraph.analysis import Site, lowest_value, only_user, site_of
 from qgraph.annotation import IN, SPEC, STATS, annotated, output_value, static_spec
 from qgraph.context import Context
 from qgraph.functions import (
@@ -58,7 +58,7 @@ class InsertQDQ(Pass):
         wanted = list(annotated(model))
         for node, _ in wanted:
             work.to_float32(node)
-        found = [site for node, _ in wanted if (site := site_of(node)) is not None]
+        found = [s for node, _ in wanted if (s := site_of(node)) is not None]
         # A table takes the weight of a product that shares it as that one needs it.
         found.sort(key=lambda site: site.kind == "gather")
         for site in context.progress(found, "quantizing weights", len(found)):
@@ -101,7 +101,9 @@ class _Commit:
         last = output_value(node)
         dtype, chain = last.dtype, [node]
         while chain[-1].outputs[0] is not last:
-            chain.append(chain[-1].outputs[0].uses()[0].node)
+            clamp = only_user(chain[-1].outputs[0])
+            assert clamp is not None
+            chain.append(clamp)
         for link in chain:
             for index, value in enumerate(link.inputs):
                 if value is None or value.dtype not in _HALF:
@@ -111,9 +113,7 @@ class _Commit:
             link.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         name = f"{last.name}_cast"
         to = {"to": int(dtype or ir.DataType.FLOAT16)}
-        back = insert(
-            self.model, chain[-1], "Cast", [last], base=name, attributes=to, after=True
-        )
+        back = insert(self.model, chain[-1], "Cast", [last], base=name, attributes=to, after=True)
         narrow = back.outputs[0]
         narrow.shape, narrow.type = last.shape, ir.TensorType(dtype or ir.DataType.FLOAT16)
         redirect(last, narrow, keep=[back])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -67,10 +67,18 @@ class Remarks(list[Remark]):
         return "\n".join(lines + [str(r) for r in self.warnings()])
 
 
-Progress = Callable[[Iterable[object], str, int | None], Iterator[object]]
+Item = TypeVar("Item")
 
 
-def silent(items: Iterable[object], title: str, total: int | None = None) -> Iterator[object]:
+class Progress(Protocol):
+    """A display that wraps a loop which may take long: `progress(items, title, total)`."""
+
+    def __call__(
+        self, items: Iterable[Item], title: str, total: int | None = None
+    ) -> Iterator[Item]: ...
+
+
+def silent(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
     """The progress display of a library call: none."""
     return iter(items)
 

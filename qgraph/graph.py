@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -107,7 +107,7 @@ def fresh_name(model: ir.Model, base: str) -> str:
 def add_constant(
     model: ir.Model,
     base: str,
-    data: np.ndarray | ir.TensorProtocol,
+    data: np.ndarray | np.generic | ir.TensorProtocol,
     dtype: ir.DataType | None = None,
 ) -> ir.Value:
     """Register an initializer in the main graph and return its value.
@@ -153,7 +153,7 @@ def insert(
     inputs: Sequence[ir.Value | None],
     *,
     base: str,
-    attributes: dict[str, ir.Attr | int | float | str | list[int]] | None = None,
+    attributes: Mapping[str, ir.Attr | int | float | str | list[int]] | None = None,
     domain: str = "",
     outputs: int = 1,
     after: bool = False,

@@ -70,7 +70,7 @@ def along(vector: NDArray[Number], axis: int, rank: int) -> NDArray[Number]:
     return vector.reshape(shape)
 
 
-def quantize(x: Float, scale: Scale, zero_point: Int | int, qmin: int, qmax: int) -> Int:
+def quantize(x: Scale, scale: Scale, zero_point: Int | int, qmin: int, qmax: int) -> Int:
     """clip(round(x / scale) + zero_point, qmin, qmax), as int32."""
     with np.errstate(over="ignore"):  # an infinite quotient is clamped like any other
         steps = np.rint(np.asarray(x, np.float32) / np.asarray(scale, np.float32))

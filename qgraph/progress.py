@@ -18,8 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from qgraph.context import Item, silent
 from qgraph.context import Progress as Display
-from qgraph.context import silent
 
 
 def display() -> Display:
@@ -62,8 +62,8 @@ class _Bars:
         )
 
     def __call__(
-        self, items: Iterable[object], title: str, total: int | None = None
-    ) -> Iterator[object]:
+        self, items: Iterable[Item], title: str, total: int | None = None
+    ) -> Iterator[Item]:
         if total is None:
             with contextlib.suppress(TypeError):
                 total = len(items)  # type: ignore[arg-type]

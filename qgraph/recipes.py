@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from qgraph.errors import QGraphError
 from qgraph.pass_manager import Pass
 from qgraph.passes.annotate import WEIGHT, Annotate, Rule
+from qgraph.passes.balance_tables import BalanceTables
 from qgraph.passes.bias_correction import BiasCorrection
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.canonicalize import Canonicalize
@@ -82,6 +83,7 @@ def static(
         Calibrate(),
         GuardStatic(min_sqnr=min_sqnr),
         *((BiasCorrection(),) if bias_correction else ()),
+        BalanceTables(),
     )
     before = (*FLOAT_STAGE, *((Equalize(),) if equalize else ()))
     return Recipe(
@@ -97,7 +99,9 @@ def dynamic(*, bits: int = 8, rules: Sequence[Rule] = ()) -> Recipe:
         rules: which sites to treat otherwise.
     """
     annotate = Annotate("dynamic", rules=tuple(rules), weight=_weight(bits))
-    return Recipe("dynamic", (*FLOAT_STAGE, annotate, InsertQDQ(), FoldQDQ(), Lower()))
+    return Recipe(
+        "dynamic", (*FLOAT_STAGE, annotate, BalanceTables(), InsertQDQ(), FoldQDQ(), Lower())
+    )
 
 
 def _weight(bits: int) -> QuantSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,19 @@ def session_options(optimized: bool = True, threads: int = 0) -> onnxruntime.Ses
 
 
 def open_session(
-    model: ir.Model, *, optimized: bool = True, threads: int = 0, prepack: bool = True
+    model: ir.Model,
+    *,
+    optimized: bool = True,
+    threads: int = 0,
+    prepack: bool = True,
+    arena: bool = True,
 ) -> onnxruntime.InferenceSession:
     """A session on `model` as it stands; large initializers are lent to it, not copied.
 
     Args:
         prepack: let kernels rearrange weights for speed, which takes their size again in memory.
+        arena: keep activations' memory between runs, grown in powers of two, instead of giving it
+            back after each run.
 
     Raises:
         ModelError: onnxruntime refuses the model; the message holds its reason.
@@ -44,6 +52,7 @@ def open_session(
     import onnxruntime as ort
 
     options = session_options(optimized, threads)
+    options.enable_cpu_mem_arena = arena
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     lent: dict[str, np.ndarray] = {}
@@ -60,7 +69,12 @@ def open_session(
             lent[name] = np.ascontiguousarray(tensor.numpy())
             swapped.append((value, tensor))
             value.const_value = ir.ExternalTensor(
-                "lent", 0, tensor.nbytes, tensor.dtype, name=name, shape=ir.Shape(tensor.shape)
+                "lent",
+                0,
+                tensor.nbytes,
+                tensor.dtype,
+                name=name,
+                shape=ir.Shape(tensor.shape.numpy()),
             )
         proto = ir.to_proto(model)
     finally:
@@ -76,7 +90,24 @@ def open_session(
         reason = str(error).splitlines()[0]
         raise ModelError(f"onnxruntime cannot run this model: {reason}") from error
     session.qgraph_lent = (lent, values)
+    if prepack:
+        for array in lent.values():
+            _forget(array)
     return session
+
+
+def _forget(array: np.ndarray) -> None:
+    """Give back the pages of a memory-mapped array; the next read brings them in again.
+
+    Kernels have packed copies of their weights by now, and few ever look at the originals.
+    """
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _lendable(value: ir.Value, tensor: ir.TensorProtocol, main: ir.Graph) -> bool:

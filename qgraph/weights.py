@@ -101,8 +101,8 @@ def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
     """
     w = array(site.weight)
     assert w is not None
-    axis = _writable(spec, PerTensor, PerAxis).granularity
-    axis = axis.axis if isinstance(axis, PerAxis) else None
+    granularity = _writable(spec, PerTensor, PerAxis).granularity
+    axis = granularity.axis if isinstance(granularity, PerAxis) else None
     data: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
     fixed = activation_scale(site.x) if data is not None and data.observer != "dynamic" else None
     floor = _bias_floor(site, fixed[0]) if fixed is not None else None
@@ -162,7 +162,7 @@ def quantize_in_slices(
         if floor is not None and (floor[start : start + step] > scale).any():
             scale = np.maximum(scale, floor[start : start + step]).astype(np.float32)
             wide = along(scale, axis, w.ndim), along(zero, axis, w.ndim)
-            q = quantize(piece, *wide, spec.qmin, spec.qmax)  # type: ignore[arg-type]
+            q = quantize(piece, *wide, spec.qmin, spec.qmax)
         result[part], scales[start : start + step], zeros[start : start + step] = q, scale, zero
     return result, scales, zeros
 

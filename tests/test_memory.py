@@ -21,8 +21,9 @@ def test_dynamic_holds_little_more_than_its_result(tmp_path: Path) -> None:
     size = (tmp_path / "chain.data").stat().st_size
     assert size > 600e6
     peak = peak_of("compile", model, "-o", tmp_path / "out.onnx", "-r", "dynamic")
-    # 1.5 GB for 2.7 GB, the bar of benchmarks/memory.py
-    assert peak < 0.56 * size
+    # Python, onnx and onnxruntime take 300 MB, the int8 result a quarter of the size; a copy of the
+    # float weights would not fit. At 2.7 GB this is 1.25 GB, below the bar of benchmarks/memory.py.
+    assert peak < 350e6 + size / 3
 
 
 def test_calibration_does_not_grow_with_the_samples(tmp_path: Path) -> None:

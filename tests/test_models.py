@@ -15,6 +15,7 @@ from benchmarks.subjects import outputs, sqnr, subjects
 from benchmarks.tables import cores
 from benchmarks.tasks import Runner
 from benchmarks.variants import unaccounted
+from benchmarks.zoo import Array
 
 NAMES = (
     "efficientnet", "minilm", "ppocr-det", "ppocr-rec", "ppocr-cls", "silero", "silero-16k",
@@ -68,21 +69,38 @@ BARS = {
 
 
 @pytest.fixture(scope="module")
-def float_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Path of a subject's float model, made once: some are traced from torch."""
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Runner]]:
+    """A subject's float model and a runner on it, made once: some are traced from torch."""
 
     @functools.cache
-    def build(name: str) -> Path:
-        return subjects()[name].build(tmp_path_factory.mktemp(name))
+    def build(name: str) -> tuple[Path, Runner]:
+        path = subjects()[name].build(tmp_path_factory.mktemp(name))
+        return path, _remembering(tasks.session(path, threads=cores()))
 
     return build
+
+
+def _remembering(runner: Runner) -> Runner:
+    """A runner that knows the first output of every feed it has seen, and returns only that."""
+    known: dict[object, Array] = {}
+
+    def run(feed: tasks.Feed) -> list[Array]:
+        key = tuple((array.shape, array.tobytes()) for array in feed.values())
+        if key not in known:
+            known[key] = runner(feed)[0]
+        return [known[key]]
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["static", "dynamic"])
 @pytest.mark.parametrize("name", NAMES)
-def test_model(name: str, recipe: str, float_model: Callable[[str], Path], tmp_path: Path) -> None:
-    subject, model = subjects()[name], float_model(name)
+def test_model(
+    name: str, recipe: str, floats: Callable[[str], tuple[Path, Runner]], tmp_path: Path
+) -> None:
+    subject = subjects()[name]
+    model, reference = floats(name)
     feeds = subject.calibration(model) if recipe == "static" else None
     compiled = qgraph.compile(model, recipe, feeds)
     path = compiled.save(tmp_path / ("out" if model.is_dir() else "out.onnx"))
@@ -90,7 +108,7 @@ def test_model(name: str, recipe: str, float_model: Callable[[str], Path], tmp_p
     assert unaccounted(model, recipe, compiled.remarks) == []
     assert all(remark.message for remark in compiled.remarks.verdicts().values())
 
-    reference, run = (tasks.session(p, threads=cores()) for p in (model, path))
+    run = tasks.session(path, threads=cores())
     _agree_with_and_without_optimizations(reference, run, path, subject.evaluation(model)[:32])
     for bar in BARS.get((name, recipe), ()):
         assert bar.measure(reference, run) >= bar.least, bar.what

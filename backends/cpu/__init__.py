@@ -170,7 +170,7 @@ def make(name: str) -> CpuTarget:
         QGraphError: no such instruction set.
     """
     _, _, isa = name.partition(":")
-    if isa and isa not in ISAS:
+    if name != "cpu" and isa not in ISAS:
         raise QGraphError(
             f"unknown target '{name}': use cpu or one of {', '.join('cpu:' + i for i in ISAS)}"
         )

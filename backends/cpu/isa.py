@@ -9,8 +9,9 @@ from pathlib import Path
 ISAS = ("avx512-vnni", "avx-vnni", "avx512", "avx2", "neon-dot", "neon", "generic")
 """From most to least capable within each family."""
 
-SATURATING = ("avx512", "avx2")
-"""These add u8·s8 products in pairs in int16 (`vpmaddubsw`)."""
+SATURATING = ("avx512", "avx2", "generic")
+"""These add u8·s8 products in pairs in int16 (`vpmaddubsw`), or may (x86 seen through no
+/proc/cpuinfo, or with SSE4.1 alone)."""
 
 
 @functools.cache
@@ -35,14 +36,14 @@ def host_model() -> str:
     """The CPU's name as the system gives it."""
     for line in _cpuinfo():
         if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
 def _flags() -> set[str]:
     for line in _cpuinfo():
         if line.startswith(("flags", "Features")):
-            return set(line.split(":", 1)[1].split())
+            return set(line.partition(":")[2].split())
     return set()
 
 

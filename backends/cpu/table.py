@@ -78,17 +78,14 @@ class Table:
 
         name = re.sub(r"\W+", "-", f"{host_model()} {host_isa()} ort {onnxruntime.__version__}")
         path = cache_folder() / f"cpu-v{VERSION}-{name}.json"
-        try:
-            stored = json.loads(path.read_text())
-            return cls(path, {str(k): float(v) for k, v in stored.items()})
-        except (OSError, ValueError, AttributeError, TypeError):
-            return cls(path)
+        return cls(path, _read(path))
 
     def speedup(self, case: Case) -> float:
         """Float time / quantized time of this case on this host."""
         key = str(case)
         if key not in self.speedups:
-            self.speedups[key] = round(measure(case), 3)
+            # Other processes may have measured in the meantime.
+            self.speedups = _read(self.path) | self.speedups | {key: round(measure(case), 3)}
             self._store()
         return self.speedups[key]
 
@@ -105,11 +102,21 @@ class Table:
         return iter(sorted(self.speedups.items()))
 
 
+def _read(path: Path) -> dict[str, float]:
+    """What a table file holds; nothing where it is missing or broken."""
+    try:
+        stored = {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+    return {k: v for k, v in stored.items() if 0 < v < np.inf}
+
+
 def measure(case: Case) -> float:
     """Run the float and the quantized form in turn; the ratio of their best times."""
     from qgraph.session import open_session
 
-    sessions, feed = [], {}
+    sessions: list[Any] = []
+    feed: dict[str, np.ndarray] = {}
     for quantized in (False, True):
         model, feed = build(case.lowering, case.k, case.n, case.m, quantized, case.chain)
         sessions.append(open_session(model, threads=1))
