@@ -28,6 +28,7 @@ class OnnxTarget:
     name: str = "onnx"
     saturates: bool = True
     """The result may meet an x86 CPU whose u8·s8 products saturate."""
+    measured: bool = False
 
     def supports(
         self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context

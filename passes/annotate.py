@@ -23,7 +23,8 @@ PER_RUN = QuantSpec(ir.DataType.UINT8, PerTensor(), symmetric=False, observer="d
 WEIGHT = QuantSpec(ir.DataType.INT8, PerAxis(0), symmetric=True, observer="absmax")
 
 Scheme = Literal["static", "dynamic"]
-OBSERVERS = ("minmax", "percentile", "entropy", "mse")
+_USUAL: tuple[RangeMethod, RangeMethod] = ("mse", "minmax")
+OBSERVERS = ("auto", "minmax", "percentile", "entropy", "mse")
 """How calibration can find the range of an activation."""
 
 
@@ -63,10 +64,18 @@ def dynamic_rules(weight: QuantSpec = WEIGHT) -> tuple[Rule, ...]:
     )
 
 
-def static_rules(activation: QuantSpec, weight: QuantSpec = WEIGHT) -> tuple[Rule, ...]:
-    """Weights and activation scales fixed at compile time, from calibration."""
+def static_rules(
+    image: QuantSpec, token: QuantSpec, weight: QuantSpec = WEIGHT
+) -> tuple[Rule, ...]:
+    """Weights and activation scales fixed at compile time, from calibration.
+
+    Args:
+        image: for the data of convolutions.
+        token: for the data of matrix products.
+    """
     return (
-        Rule(("matmul", "gemm", "conv", "conv_transpose"), weight, (activation,)),
+        Rule(("conv", "conv_transpose"), weight, (image,)),
+        Rule(("matmul", "gemm"), weight, (token,)),
         *dynamic_rules(weight)[2:],
     )
 
@@ -98,7 +107,8 @@ class Annotate(Pass):
         scheme: `dynamic` computes activation scales at run time, `static` takes them from
             calibration; sites in bodies of If, Loop and Scan, where calibration cannot look, are
             dynamic in both.
-        observer: how static ranges are found.
+        observer: how static ranges are found; `auto` is mse around convolutions and minmax for the
+            data of matrix products, whose rare large tokens must not be clipped.
         rules: further rules, tried before those of the scheme.
         weight: how weights are quantized.
 
@@ -112,7 +122,7 @@ class Annotate(Pass):
     provides: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
 
     scheme: Scheme = "dynamic"
-    observer: RangeMethod = "minmax"
+    observer: RangeMethod | Literal["auto"] = "auto"
     rules: tuple[Rule, ...] = ()
     weight: QuantSpec = WEIGHT
 
@@ -125,10 +135,16 @@ class Annotate(Pass):
                 raise PipelineError(f"{name} '{value}' is unknown: use one of {', '.join(known)}")
 
     def run(self, model: ir.Model, context: Context) -> bool:
-        activation = QuantSpec(
-            ir.DataType.UINT8, PerTensor(), symmetric=False, observer=self.observer
+        image, token = (
+            QuantSpec(
+                ir.DataType.UINT8,
+                PerTensor(),
+                symmetric=False,
+                observer=usual if self.observer == "auto" else self.observer,
+            )
+            for usual in _USUAL
         )
-        fixed = self.rules + static_rules(activation, self.weight)
+        fixed = self.rules + static_rules(image, token, self.weight)
         at_run_time = self.rules + dynamic_rules(self.weight)
         for site in sites(model):
             static = self.scheme == "static" and not nested(model, site.node)
@@ -141,7 +157,7 @@ class Annotate(Pass):
             _weigh_convolutions(model, context)
             for node in model.graph:
                 if context.target.supports_glue(node):
-                    _join(node, activation)
+                    _join(node, image)
             _drop_lonely_glue(model)
         return False
 

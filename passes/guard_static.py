@@ -9,7 +9,17 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.analysis import Site, site_of
-from qgraph.annotation import IN, SPEC, STATS, annotated, commit_to, describe, output_value, retract
+from qgraph.annotation import (
+    IN,
+    SPEC,
+    STATS,
+    annotated,
+    commit_to,
+    describe,
+    output_value,
+    retract,
+    static_spec,
+)
 from qgraph.context import Context
 from qgraph.graph import is_op, node_name
 from qgraph.numerics import scale_zero_point
@@ -69,6 +79,7 @@ class GuardStatic(Pass):
             return True
         if stats.token_power is None:
             return False
+        spec = static_spec(site.x) or spec  # others may have a say in it too
         low, high = find_range(stats, spec)
         scale, _ = scale_zero_point(np.float32(low), np.float32(high), spec)
         sqnr = token_sqnr_db(stats, float(scale))

@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qgraph.analysis import site_of
-from qgraph.annotation import static_spec
+from qgraph.annotation import static_specs
 from qgraph.context import Context
 from qgraph.functions import OBSERVER, declare
 from qgraph.graph import insert
@@ -46,14 +46,14 @@ class InsertObservers(Pass):
     channel_means: bool = False
 
     def run(self, model: ir.Model, context: Context) -> bool:
-        found = [(v, s) for v in _values(model.graph) if (s := static_spec(v))]
-        for value, spec in found:
+        found = [(v, specs) for v in _values(model.graph) if (specs := static_specs(v))]
+        for value, specs in found:
             declare(model, OBSERVER)
-            self._observe(model, value, spec, context.target.saturates)
+            self._observe(model, value, self._wanted(value, specs, context.target.saturates))
         return bool(found)
 
-    def _observe(self, model: ir.Model, value: ir.Value, spec: QuantSpec, saturates: bool) -> None:
-        wanted, producer = self._wanted(value, spec, saturates), value.producer()
+    def _observe(self, model: ir.Model, value: ir.Value, wanted: Wanted) -> None:
+        producer = value.producer()
         node = insert(
             model, producer or model.graph[0], OBSERVER, [value],
             base=f"{value.name}/observer", domain="qgraph", after=producer is not None,
@@ -65,13 +65,13 @@ class InsertObservers(Pass):
         for use in [u for u in value.uses() if u.node is not node]:
             use.node.replace_input_with(use.idx, observed)
 
-    def _wanted(self, value: ir.Value, spec: QuantSpec, saturates: bool) -> Wanted:
+    def _wanted(self, value: ir.Value, specs: list[QuantSpec], saturates: bool) -> Wanted:
         users = [s for u in value.uses() if (s := site_of(u.node)) and s.x_index == u.idx]
         linear = any(s.kind in ("matmul", "gemm") for s in users)
         axes = {-1 if s.kind in ("matmul", "gemm") else 1 for s in users}
         axis = axes.pop() if len(axes) == 1 else None  # readers that disagree get neither
         return Wanted(
-            histogram=spec.observer in ("percentile", "entropy", "mse"),
+            histogram=any(s.observer in ("percentile", "entropy", "mse") for s in specs),
             channel_mean_axis=axis if self.channel_means else None,
             token_power=linear,
             channel_range_axis=axis if saturates else None,

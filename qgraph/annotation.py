@@ -61,18 +61,18 @@ def output_value(node: ir.Node) -> ir.Value:
     return value
 
 
-def static_spec(value: ir.Value) -> QuantSpec | None:
-    """The fixed-scale spec of a computed value: its own, else the first that a user wants, or None."""
-    if SPEC in value.meta:
-        own: QuantSpec = value.meta[SPEC]
-        return own
+def static_specs(value: ir.Value) -> list[QuantSpec]:
+    """The fixed-scale specs of a computed value: its own, then what its users want."""
     if constant(value) is not None:
-        return None
-    for use in value.uses():
-        spec: QuantSpec | None = use.node.meta.get(IN, {}).get(use.idx)
-        if spec is not None and spec.observer != "dynamic":
-            return spec
-    return None
+        return []
+    wanted = [value.meta.get(SPEC)]
+    wanted += [use.node.meta.get(IN, {}).get(use.idx) for use in value.uses()]
+    return [spec for spec in wanted if spec is not None and spec.observer != "dynamic"]
+
+
+def static_spec(value: ir.Value) -> QuantSpec | None:
+    """The spec that counts where users disagree, the first of :func:`static_specs`, or None."""
+    return next(iter(static_specs(value)), None)
 
 
 def annotated(model: ir.Model) -> Iterator[tuple[ir.Node, dict[int, QuantSpec]]]:

@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import onnx_ir as ir
 
 from qgraph.backends import get_target
+from qgraph.bench import cpu_ratio
 from qgraph.compiled import CompiledModel
 from qgraph.context import Context, Progress, silent
 from qgraph.errors import ModelError, QGraphError
-from qgraph.feeds import open_calibration
+from qgraph.external_data import initializers
+from qgraph.feeds import first_feed, open_calibration
 from qgraph.model_io import load
-from qgraph.pass_manager import PassManager
+from qgraph.pass_manager import STAGES_KEY, PassManager
 from qgraph.recipes import Recipe, get_recipe
 from qgraph.target import Target
 
 if TYPE_CHECKING:
     import torch
+
+MEASURED_BYTES = 256 << 20
+"""Weights of the largest model that is timed against float after compilation."""
 
 
 def compile(
@@ -88,8 +93,34 @@ def compile(
     )
     result = source.clone()
     result.meta.update(source.meta)
+    result.meta[STAGES_KEY] = set(source.meta.get(STAGES_KEY, ()))
+    result.meta.pop("qgraph.names", None)
     PassManager(chosen.passes, verify=verify).run(result, context)
+    if aim.measured:
+        _compare_speed(source, result, context)
     return CompiledModel(result, context.remarks, recipe=chosen.name, target=aim.name)
+
+
+def _compare_speed(source: ir.Model, result: ir.Model, context: Context) -> None:
+    """Leave a remark about the speed of the whole: a warning where it is below float."""
+    if sum(v.const_value.nbytes for v in initializers(source) if v.const_value) > MEASURED_BYTES:
+        why = "too large to time float and quantized side by side here: see 'qgraph bench'"
+        context.remark("note", "compile", "", "", why)
+        return
+    try:
+        feed = first_feed(source, context.calibration, context.seed)
+        speedup = cpu_ratio(source, result, feed)
+    except Exception as error:  # a random feed may not fit the model, or an operator be unknown
+        reason = str(error).splitlines()[0]
+        context.remark("note", "compile", "", "", f"speed was not compared with float: {reason}")
+        return
+    shapes = ", ".join(f"{name} {'x'.join(map(str, a.shape))}" for name, a in feed.items())
+    if speedup < 1:
+        why = f"the result is slower than float on this host, one thread, {shapes}"
+        context.remark("warning", "compile", "", "", why, speedup=speedup)
+        return
+    why = f"the whole model against float on this host, one thread, {shapes}"
+    context.remark("note", "compile", "", "", why, speedup=speedup)
 
 
 def _source(model: Any, example_inputs: Any, dynamic_shapes: Any) -> ir.Model:

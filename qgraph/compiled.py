@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,23 +54,45 @@ class CompiledModel:
 
         Returns:
             the output, or a list of them: torch tensors if a torch tensor was given, else arrays.
+
+        Raises:
+            QGraphError: inputs are missing, unknown, given twice, or of a shape or type that does
+                not fit.
         """
-        named = dict(args[0]) if len(args) == 1 and isinstance(args[0], dict) else {}
-        if not named:
-            names = [v.name for v in required_inputs(self.model)]
-            if len(args) > len(names):
-                raise QGraphError(
-                    f"{len(args)} inputs given, the model takes {len(names)}: {names}"
-                )
-            named = dict(zip(names, args, strict=False))
-        named.update(kwargs)
+        named = self._named(args, kwargs)
         torch = sys.modules.get("torch")
         tensors = torch is not None and any(isinstance(v, torch.Tensor) for v in named.values())
-        feed = {k: _array(v) for k, v in named.items()}
-        outputs = self.session.run(None, complete_feed(self.model, feed))
+        types = {str(v.name): v.dtype for v in self.model.graph.inputs}
+        feed = complete_feed(self.model, {k: _array(v, types[k]) for k, v in named.items()})
+        for value in required_inputs(self.model):
+            if value.name not in feed:
+                raise QGraphError(f"input '{value.name}' is missing")
+        try:
+            outputs = self.session.run(None, feed)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise QGraphError(f"the model does not run on these inputs: {reason}") from error
         if tensors and torch is not None:
             outputs = [torch.from_numpy(np.ascontiguousarray(o)) for o in outputs]
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of a call by name."""
+        names = [str(v.name) for v in required_inputs(self.model)]
+        known = [str(v.name) for v in self.model.graph.inputs]
+        if len(args) == 1 and isinstance(args[0], Mapping):
+            named = {str(name): value for name, value in args[0].items()}
+        elif len(args) <= len(names):
+            named = dict(zip(names, args, strict=False))
+        else:
+            takes = f"{len(names)}: {', '.join(names)}"
+            raise QGraphError(f"{len(args)} inputs given, the model takes {takes}")
+        if twice := sorted(named.keys() & kwargs.keys()):
+            raise QGraphError(f"input '{twice[0]}' is given twice")
+        named |= kwargs
+        if unknown := sorted(named.keys() - set(known)):
+            raise QGraphError(f"the model has no input '{unknown[0]}', only {', '.join(known)}")
+        return named
 
     def save(self, path: str | Path) -> Path:
         """Write an ONNX file, or a folder if the model came as one; atomic, and checked by reloading.
@@ -109,5 +131,11 @@ class CompiledModel:
         return f"CompiledModel(recipe={self.recipe!r}, target={self.target!r})\n{self.remarks.summary()}"
 
 
-def _array(value: Any) -> np.ndarray:
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+def _array(value: Any, expected: ir.DataType | None) -> np.ndarray:
+    """The array behind `value`; wide floats, as Python and numpy make them, are narrowed."""
+    array: np.ndarray = (
+        value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+    )
+    if array.dtype == np.float64 and expected is not None and expected.is_floating_point():
+        return array.astype(expected.numpy(), copy=False)
+    return array

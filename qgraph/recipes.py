@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_type_hints
 
 from qgraph.errors import QGraphError
 from qgraph.pass_manager import Pass
@@ -60,7 +61,7 @@ FLOAT_STAGE: tuple[Pass, ...] = (Canonicalize(), FoldBatchNorm(), Fuse(), Conver
 
 def static(
     *,
-    observer: RangeMethod = "minmax",
+    observer: RangeMethod | Literal["auto"] = "auto",
     bits: int = 8,
     min_sqnr: float = 25.0,
     equalize: bool = False,
@@ -70,7 +71,8 @@ def static(
     """INT8 weights and activations with scales fixed by calibration; fastest for convolutional nets.
 
     Args:
-        observer: how activation ranges are found: minmax, percentile, entropy or mse.
+        observer: how activation ranges are found: minmax, percentile, entropy, mse, or auto (mse
+            around convolutions, minmax for the data of matrix products).
         bits: bits of the weights, 2 to 8.
         min_sqnr: sites whose median token would keep less than this many dB become dynamic.
         equalize: move ranges between consecutive layers first (Nagel et al. 2019).
@@ -121,9 +123,13 @@ def get_recipe(name: str, parameters: dict[str, object]) -> Recipe:
     """
     if name not in RECIPES:
         raise QGraphError(f"unknown recipe '{name}': use one of {', '.join(RECIPES)}")
-    known = inspect.signature(RECIPES[name]).parameters
+    known, kinds = inspect.signature(RECIPES[name]).parameters, get_type_hints(RECIPES[name])
     if unknown := sorted(set(parameters) - set(known)):
         raise QGraphError(
             f"recipe '{name}' has no parameter '{unknown[0]}': it has {', '.join(known)}"
         )
+    for key, value in parameters.items():
+        kind = kinds[key]
+        if kind in (int, float, bool) and not isinstance(value, (int, float) if kind is float else kind):
+            raise QGraphError(f"recipe '{name}': {key}={value!r} is no {kind.__name__}")
     return RECIPES[name](**parameters)

@@ -38,6 +38,7 @@ class Target(Protocol):
         name: as the user writes it: `cpu`, `cpu:avx2`, `onnx`, ...
         saturates: u8·s8 products are added in pairs in int16 (x86 without VNNI), so two large
             products can overflow; weights must be repaired where that can happen.
+        measured: whether verdicts come from timing this machine.
     """
 
     @property
@@ -45,6 +46,9 @@ class Target(Protocol):
 
     @property
     def saturates(self) -> bool: ...
+
+    @property
+    def measured(self) -> bool: ...
 
     def supports(
         self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context

@@ -216,10 +216,13 @@ def _layer(error: BaseException, module: torch.nn.Module) -> str | None:
 
 
 def _drop_metadata(model: ir.Model) -> None:
-    """Drop what is large and of no use: stack traces, and the signature of the whole program."""
+    """Drop what is large and of no use: stack traces, and the captured program behind its nodes."""
     for graph in graphs(model):
         graph.metadata_props.clear()
+        for value in graph.inputs:
+            value.meta.clear()
     for node in nodes(model):
+        node.meta.clear()
         for key in _UNUSED_METADATA:
             node.metadata_props.pop(key, None)
         if "_empty_nn_module_stack" in node.metadata_props.get(SCOPES_KEY, ""):

@@ -84,7 +84,7 @@ g (float[1,2,4,4] x) => (float[1,3,4,4] y) {
 
 def test_static_convolutions_write_integers_and_glue_joins_them() -> None:
     model = build(CHAIN, weight("w1", 2, 2, 1, 1), weight("w2", 3, 2, 1, 1))
-    mark(model, "static")
+    mark(model, "static", observer="minmax")
     assert body(model) == golden(f"""
         %c: f32[1, 2, 4, 4] = Conv(%x <{U8}>, %w1 <int8 per-axis(0) sym absmax>)
         %r: f32[1, 2, 4, 4] <{U8}> = Relu(%c)
@@ -296,7 +296,7 @@ def test_annotation_needs_a_canonical_model() -> None:
 @pytest.mark.parametrize(
     ("parameters", "why"),
     [
-        ({"observer": "dynamic"}, "observer 'dynamic'.*minmax, percentile, entropy, mse"),
+        ({"observer": "dynamic"}, "observer 'dynamic'.*auto, minmax, percentile, entropy, mse"),
         ({"observer": "median"}, "observer 'median'"),
         ({"scheme": "lazy"}, "scheme 'lazy'.*static, dynamic"),
     ],

@@ -18,12 +18,13 @@ from qgraph.errors import PipelineError
 from qgraph.graph import array
 from qgraph.observers import Stats, Wanted
 from qgraph.pass_manager import PassManager, Stage
-from qgraph.passes.bias_correction import BiasCorrection, expected_shift, rounded
+from qgraph.passes.bias_correction import BiasCorrection, expected_shift
 from qgraph.spec import PerAxis, PerBlock, PerTensor, QuantSpec
 from qgraph.text import to_text
+from qgraph.weights import quantize_site
 from tests.models import build, ops, outputs, random_graph, weight
 
-INT4 = QuantSpec(ir.DataType.INT4, PerAxis(0), observer="absmax")
+INT4 = QuantSpec(ir.DataType.INT8, PerAxis(0), observer="absmax", bits=4)
 CALIBRATED = frozenset({Stage.CALIBRATED})
 
 CONV = """
@@ -86,7 +87,8 @@ def with_rounded_weights(model: ir.Model) -> ir.Model:
         w = array(original.weight)
         assert w is not None
         spec = original.node.meta[IN][original.w_index]
-        site.weight.const_value = ir.Tensor(rounded(w, original, spec), name=site.weight.name)
+        rounded = quantize_site(original, spec, False).float()
+        site.weight.const_value = ir.Tensor(rounded, name=site.weight.name)
     return result
 
 

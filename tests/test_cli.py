@@ -139,7 +139,7 @@ def test_inspect_shows_inputs_operators_and_sites(
 
 def test_recipes_passes_and_targets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     for command, parts in {
-        "recipes": ("static", "dynamic", "observer=minmax", "bits=8"),
+        "recipes": ("static", "dynamic", "observer=auto", "bits=8"),
         "passes": ("canonicalize", "insert-qdq", "lossy"),
         "targets": ("cpu:avx512-vnni", "onnx", "host:"),
     }.items():

@@ -14,7 +14,7 @@ from qgraph.errors import PipelineError
 from qgraph.functions import OBSERVER, is_call
 from qgraph.observers import Wanted
 from qgraph.pass_manager import PassManager
-from qgraph.passes.annotate import Annotate
+from qgraph.passes.annotate import Annotate, Rule
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.insert_observers import WANTED, InsertObservers
 from qgraph.spec import QuantSpec, RangeMethod
@@ -86,6 +86,21 @@ def test_readers_that_disagree_on_the_channels_get_none() -> None:
     model = build(text, weight("w1", 2, 4, 1, 1), weight("w2", 4, 3))
     wanted = observe(model, target=CPU, channel_means=True)["x"]
     assert wanted == Wanted(token_power=True)
+
+
+def test_a_histogram_if_any_of_several_users_wants_one() -> None:
+    """The others may be taken back later."""
+    rule = Rule(("matmul",), QuantSpec(), (QuantSpec(observer="entropy"),), layers="z")
+    text = """
+    g (float[N,4] x) => (y, z) {
+      y = MatMul (x, w)
+      z = MatMul (x, w)
+    }"""
+    model = build(text, weight("w", 4, 4))
+    passes = [Canonicalize(), Annotate("static", "minmax", (rule,)), InsertObservers()]
+    PassManager(passes).run(model, Context(VNNI))
+    (observer,) = (n for n in model.graph if is_call(n, OBSERVER))
+    assert observer.meta[WANTED] == Wanted(histogram=True, token_power=True)
 
 
 def test_an_input_shared_by_three_is_observed_once() -> None:
