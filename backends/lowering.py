@@ -150,7 +150,8 @@ def _lower_product(model: ir.Model, product: _Product, dialect: Dialect) -> None
 def _weight(model: ir.Model, product: _Product) -> tuple[ir.Value, ir.Value]:
     """The integer weight as (K, N) and its scale, Gemm's transB and alpha folded in."""
     value, scale = product.weight.inputs[0], product.weight.inputs[1]
-    assert value is not None and scale is not None
+    assert value is not None
+    assert scale is not None
     if not is_op(product.node, "Gemm"):
         return value, scale
     if attribute(product.node, "transB", 0):
@@ -246,7 +247,8 @@ def lower_tables(model: ir.Model) -> bool:
 
 
 def _lower_table(model: ir.Model, node: ir.Node, dq: ir.Node, scales: np.ndarray) -> None:
-    assert dq.inputs[1] is not None and dq.inputs[0] is not None
+    assert dq.inputs[0] is not None
+    assert dq.inputs[1] is not None
     base = node.outputs[0].name or "table"
     column = add_constant(model, f"{dq.inputs[1].name}_rows", scales)
     rows = insert(model, node, "Gather", [dq.inputs[0], node.inputs[1]], base=f"{base}_q")
@@ -275,9 +277,9 @@ def shield_float(model: ir.Model) -> bool:
     """Keep onnxruntime from quantizing what was left float on purpose.
 
     Where a Conv, ConvTranspose or Gemm with a float weight reads a DequantizeLinear of one scale,
-    onnxruntime rounds its weight to int8 per tensor on loading (its WeightBiasQuantization), without
-    asking: EfficientNet-lite0 falls from 23 to 8 dB. A dequantization with the same scale written
-    out for each channel means the same and is left alone::
+    onnxruntime rounds its weight to int8 per tensor on loading (its WeightBiasQuantization),
+    without asking: EfficientNet-lite0 falls from 23 to 8 dB. A dequantization with the same scale
+    written out for each channel means the same and is left alone::
 
         q ── DQ(s) ── Conv(W:f32)          q ── DQ([s, s, ... s], axis=1) ── Conv(W:f32)
     """

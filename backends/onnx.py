@@ -19,7 +19,7 @@ GLUE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", *MOVES)
 
 @dataclass(frozen=True)
 class OnnxTarget:
-    """Standard Q/DQ and integer operators; nothing is measured, since any machine may run the result.
+    """Standard Q/DQ and integer operators; nothing is measured, as any machine may run the result.
 
     Static quantization stays in Q/DQ form, which every integer runtime recognises. Dynamic products
     become MatMulInteger: exact everywhere, and fused by onnxruntime to its fast kernels.

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
 import onnx_ir as ir
 
 from qgraph.analysis import FLOATS, Site, SiteKind, nested, site_of, sites
 from qgraph.annotation import IN, SPEC, commit_to, describe, output_value, retract, static_spec
 from qgraph.context import Context
 from qgraph.errors import PipelineError
-from qgraph.graph import constant, dims, is_op, node_name, nodes
+from qgraph.graph import array, constant, dims, is_op, node_name, nodes, release
 from qgraph.islands import Cost, settle, size
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.spec import PerAxis, PerTensor, PerToken, QuantSpec, RangeMethod
@@ -227,7 +228,18 @@ def _unfit(site: Site) -> str | None:
         return "it gathers along an inner axis, where rows do not keep a scale of their own"
     if site.kind != "gather" and not dims(site.weight):
         return "its weight has no shape"
+    if not _finite(site.weight):
+        return "its weight holds infinities or NaN, which no integer stands for"
     return None
+
+
+def _finite(weight: ir.Value) -> bool:
+    """Whether every element is finite; a table that masks attention is not."""
+    w = array(weight)
+    assert w is not None
+    finite = bool(np.isfinite(w.min()) and np.isfinite(w.max()))
+    release(weight)
+    return finite
 
 
 def _join(node: ir.Node, activation: QuantSpec) -> None:

@@ -55,7 +55,7 @@ class BalanceTables(Pass):
             balanced = ir.LazyTensor(
                 partial(_divided, tensor, factors),
                 dtype=tensor.dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 cache=False,
             )
             node, base = site.node, site.weight.name or "table"
@@ -76,7 +76,7 @@ class BalanceTables(Pass):
         return changed
 
 
-def _divided(table: ir.TensorProtocol, factors: np.ndarray) -> ir.Tensor:
+def _divided(table: ir.TensorProtocol, factors: np.ndarray) -> ir.TensorProtocol:
     result = ir.Tensor(table.numpy() / factors)
     if isinstance(table, ir.ExternalTensor):
         table.release()

@@ -32,8 +32,9 @@ class BiasCorrection(Pass):
 
     It runs between calibrate and insert-qdq: E[x] is the mean of each input channel as calibrated
     (`insert-observers{channel_means=true}`), Wq the weight exactly as insert-qdq
-    will write it, and the bias is still float. A Conv or Gemm without a bias gets one; a MatMul is corrected in the Add that
-    follows it, and left alone without one: an Add of its own would cost more than it brings.
+    will write it, and the bias is still float. A Conv or Gemm without a bias gets one; a MatMul is
+    corrected in the Add that follows it, and left alone without one: an Add of its own would cost
+    more than it brings.
     At the borders of a padded convolution the shift is smaller than assumed, as in the paper.
 
     Parameters: none.

@@ -93,7 +93,8 @@ class Calibrate(Pass):
 
 def _observed(node: ir.Node) -> str:
     value = node.inputs[0]
-    assert value is not None and value.name
+    assert value is not None
+    assert value.name
     return value.name
 
 
@@ -107,7 +108,8 @@ def reductions(model: ir.Model, wanted: Mapping[str, Wanted]) -> ir.Model:
     graph.outputs.clear()
     for node in [n for n in graph if is_call(n, OBSERVER)]:
         value = node.inputs[0]
-        assert value is not None and value.name
+        assert value is not None
+        assert value.name
         for name, output in _reduce(probe, node, value, wanted[value.name]).items():
             output.name = f"{value.name}|{name}"
             graph.outputs.append(output)
@@ -182,7 +184,7 @@ def _collect(
     total = length_hint(context.calibration) or None
     seen = 0
     for index, feed in enumerate(context.progress(context.calibration, "calibrating", total)):
-        complete = complete_feed(model, feed)  # type: ignore[arg-type]
+        complete = complete_feed(model, feed)
         given = {k: v for k, v in complete.items() if k in inputs}
         groups = groups or _groups(session, outputs, given, index)
         for names in groups:

@@ -129,7 +129,7 @@ def _share_equal(model: ir.Model) -> bool:
         if tensor.nbytes <= INLINE_BYTES or value.is_graph_output():
             continue
         digest = hashlib.blake2b(tensor.tobytes(), digest_size=16).digest()
-        known = first.setdefault((tensor.dtype, tuple(tensor.shape), digest), value)
+        known = first.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), digest), value)
         if known is not value:
             ir.convenience.replace_all_uses_with(value, known)
             changed = True

@@ -28,9 +28,9 @@ class FoldQDQ(Pass):
 
     Three rewrites, each keeping every integer::
 
-        q ── DQ ── Q ── DQ ── y            q ── DQ ── y             (same scale and zero point)
-        q ── DQ ── Reshape ── Q ── y       q ── Reshape ── y        (any operator that only moves data)
-        x ── Relu ── Q ── y                x ── Q ── y              (Q clamps where Relu or Clip would)
+        q ── DQ ── Q ── DQ ── y          q ── DQ ── y          (same scale and zero point)
+        q ── DQ ── Reshape ── Q ── y     q ── Reshape ── y     (any operator that only moves data)
+        x ── Relu ── Q ── y              x ── Q ── y           (Q clamps where Relu or Clip would)
 
     onnxruntime would do most of this when it loads the model; doing it here gives the same integers
     at every optimization level and in every runtime.

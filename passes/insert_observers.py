@@ -29,10 +29,11 @@ class InsertObservers(Pass):
 
         x ── Conv ── Relu ── Conv        x ── Observer ── Conv ── Relu ── Observer ── Conv
 
-    An observer is an identity; `calibrate` compiles it into reductions. It collects what the value's
-    spec needs and no more: minimum and maximum always, a histogram for percentile, entropy and MSE
-    ranges, the power of each token for the inputs of MatMul and Gemm, the mean of each channel for
-    bias correction, its extremes where the target needs to know which products can saturate.
+    An observer is an identity; `calibrate` compiles it into reductions. It collects what the specs
+    of the value need and no more: minimum and maximum always, a histogram for percentile, entropy
+    and MSE ranges, the power of each token for the inputs of MatMul and Gemm, the mean of each
+    channel for bias correction, its extremes where the target needs to know which products can
+    saturate.
 
     Attributes:
         channel_means: also collect the mean of each input channel of linear sites.

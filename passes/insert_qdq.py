@@ -18,7 +18,7 @@ from qgraph.functions import (
     declare,
     grid_values,
 )
-from qgraph.graph import add_constant, array, constant, insert, is_op, redirect, release
+from qgraph.graph import add_constant, array, constant, insert, is_op, redirect, release, remove_dead
 from qgraph.numerics import quantize_bias, token_grid
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.spec import PerToken, QuantSpec
@@ -36,12 +36,12 @@ class InsertQDQ(Pass):
         b:f32 ──┘                b:int32 ──── DQ ────┘     bias scale = x scale · W scale
 
     Activations with scales found at run time get DynamicQuantizeLinear (one scale) or the function
-    `qgraph::QuantizePerToken`, whose zero point leaves no levels unused where an activation function
-    bounds its output from below. Biases of static Conv and Gemm become int32 with scale x·w and zero
-    point 0; where a tiny weight scale would overflow them, that channel's weight scale is raised.
-    On targets whose u8·s8 products saturate in pairs, channels with a pair of weights that can
-    overflow int16 for the activations that can occur, and only those, are requantized so that it
-    cannot, at the least squared error.
+    `qgraph::QuantizePerToken`, whose zero point leaves no levels unused where an activation
+    function bounds its output from below. Biases of static Conv and Gemm become int32 with scale
+    x·w and zero point 0; where a tiny weight scale would overflow them, that channel's weight scale
+    is raised. On targets whose u8·s8 products saturate in pairs, channels with a pair of weights
+    that can overflow int16 for the activations that can occur, and only those, are requantized so
+    that it cannot, at the least squared error.
     Specs and statistics are deleted: from here on, the graph is the only truth.
 
     Source: Jacob et al. 2018, eq. 1-7 (affine quantization, int32 bias).
@@ -63,7 +63,7 @@ class InsertQDQ(Pass):
         found.sort(key=lambda site: site.kind == "gather")
         for site in context.progress(found, "quantizing weights", len(found)):
             work.weight(site)
-        # All scales first: what moves data looks its own up at its source, before that is rewritten.
+        # All scales first: what moves data finds its own at its source, before that is rewritten.
         values = [(v, activation_scale(v)) for v in _static_values(model)]
         for value, (scale, zero) in values:
             work.activation(value, scale, zero)
@@ -76,6 +76,7 @@ class InsertQDQ(Pass):
             value.meta.pop(STATS, None)
         for node, _ in wanted:
             node.meta.pop(IN, None)
+        remove_dead(model)  # the float weights
         return bool(wanted)
 
 
@@ -140,7 +141,7 @@ class _Commit:
         return self.casts[key]
 
     def weight(self, site: Site) -> None:
-        """Replace the site's weight (and the bias of static Conv and Gemm) by integers behind DQ."""
+        """Put the site's weight (and the bias of static Conv and Gemm) in integers behind a DQ."""
         specs: dict[int, QuantSpec] = site.node.meta[IN]
         if site.w_index not in specs or constant(site.weight) is None:
             return
@@ -194,7 +195,7 @@ class _Commit:
         site.node.replace_input_with(site.bias_index, _typed(dq, inputs[0]))
 
     def activation(self, value: ir.Value, scale: np.ndarray, zero: np.ndarray) -> None:
-        """Q -> DQ behind `value`, for all users if the value itself is annotated, else for those that are."""
+        """Q -> DQ behind `value`: for all its users if it has a spec, else for those with one."""
         spec, shared = static_spec(value), SPEC in value.meta
         assert spec is not None
         users = [u for u in value.uses() if shared or u.idx in u.node.meta.get(IN, {})]

@@ -52,7 +52,7 @@ def retract(site: Site) -> None:
 
 
 def output_value(node: ir.Node) -> ir.Value:
-    """Where the node's result is quantized: behind an activation that integer clamping can absorb."""
+    """Where the node's result is quantized: behind an activation that integer clamps absorb."""
     value = node.outputs[0]
     while (user := only_user(value)) is not None and is_op(user, "Relu", "Clip"):
         if user.inputs[0] is not value:

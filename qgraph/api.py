@@ -69,7 +69,8 @@ def compile(
     if isinstance(recipe, Recipe):
         if parameters:
             raise QGraphError(
-                f"'{sorted(parameters)[0]}' cannot be set on a Recipe object: build it with that value"
+                f"'{sorted(parameters)[0]}' cannot be set on a Recipe object: "
+                "build it with that value"
             )
         chosen = recipe
     else:
@@ -98,7 +99,9 @@ def compile(
     PassManager(chosen.passes, verify=verify).run(result, context)
     if aim.measured:
         _compare_speed(source, result, context)
-    return CompiledModel(result, context.remarks, recipe=chosen.name, target=aim.name)
+    return CompiledModel(
+        result, context.remarks, recipe=chosen.name, target=aim.name, source=source
+    )
 
 
 def _compare_speed(source: ir.Model, result: ir.Model, context: Context) -> None:

@@ -188,10 +188,11 @@ def opt(
     from qgraph.context import Context
     from qgraph.feeds import open_calibration
     from qgraph.model_io import check_output, save
-    from qgraph.pipeline import parse_pipeline
+    from qgraph.pipeline import complete, parse_pipeline
     from qgraph.progress import display
 
-    pipeline = parse_pipeline(passes)
+    written = parse_pipeline(passes)
+    pipeline = complete(written, calibrated=calibration is not None)
     shown = set(print_after or [])
     if unknown := sorted(shown - {step.name for step in pipeline} - {"all"}):
         raise QGraphError(f"--print-after {unknown[0]}: the pipeline has no such pass")
@@ -202,6 +203,8 @@ def opt(
     context = Context(aim, feeds, seed=seed, cache=cache, progress=display())
     manager.run(source, context)
     save(source, output)
+    if pipeline != written:
+        print(f"ran with what it needs: {manager}")
     print(context.remarks.summary() or "no site was quantized")
     print(f"saved as {output}")
 

@@ -29,12 +29,20 @@ class CompiledModel:
         model: the lowered IR.
         remarks: what happened to every site, and why.
         recipe, target: names of what it was compiled with.
+        source: the float model it came from, or None.
     """
 
     def __init__(
-        self, model: ir.Model, remarks: Remarks, *, recipe: str = "", target: str = ""
+        self,
+        model: ir.Model,
+        remarks: Remarks,
+        *,
+        recipe: str = "",
+        target: str = "",
+        source: ir.Model | None = None,
     ) -> None:
         self.model = model
+        self.source = source
         self.remarks = remarks
         self.recipe = recipe
         self.target = target
@@ -95,7 +103,7 @@ class CompiledModel:
         return named
 
     def save(self, path: str | Path) -> Path:
-        """Write an ONNX file, or a folder if the model came as one; atomic, and checked by reloading.
+        """Write an ONNX file, or a folder if the model came as one; atomic, checked by reloading.
 
         Returns:
             the path written.
@@ -121,14 +129,14 @@ class CompiledModel:
         """
         from qgraph.bench import benchmark
 
-        source = self.model.meta.get("qgraph.source")
-        rivals = [*([source] if source else []), self, *others]
+        rivals = [*([self.source] if self.source is not None else []), self, *others]
         models = [m.model if isinstance(m, CompiledModel) else m for m in rivals]
         given = list(feeds) if feeds is not None else [first_feed(self.model, None, 0)]
         return benchmark(models, given, rounds=rounds)
 
     def __repr__(self) -> str:
-        return f"CompiledModel(recipe={self.recipe!r}, target={self.target!r})\n{self.remarks.summary()}"
+        title = f"CompiledModel(recipe={self.recipe!r}, target={self.target!r})"
+        return f"{title}\n{self.remarks.summary()}"
 
 
 def _array(value: Any, expected: ir.DataType | None) -> np.ndarray:

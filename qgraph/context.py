@@ -57,7 +57,7 @@ class Remarks(list[Remark]):
         return [r for r in self if r.kind == "warning"]
 
     def summary(self) -> str:
-        """One line for each distinct verdict with the number of sites it covers, then the warnings."""
+        """One line for each distinct verdict with the number of its sites, then the warnings."""
         counts: dict[tuple[str, str, str], int] = {}
         for remark in self.verdicts().values():
             key = (remark.kind, remark.op, remark.message)

@@ -1,6 +1,6 @@
 """Errors that a user can act on.
 
-Every error that qgraph raises on purpose is a :class:`QGraphError`, and its message is one line that
+Every error that qgraph raises on purpose is a :class:`QGraphError`; its message is one line that
 says what is wrong and what to do. The command line prints that line and exits with status 2;
 any other exception is a bug in qgraph.
 """

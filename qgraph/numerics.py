@@ -10,9 +10,8 @@ use :func:`along` to shape a per-axis vector.
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -210,7 +209,7 @@ def can_saturate(q: Int, activation_max: int | Int) -> NDArray[np.bool_]:
 
     Args:
         q: integer weights, int32, pairs along the first axis (the reduction axis K), shape (K, N).
-        activation_max: largest unsigned activation that can occur, one or for each pair (K // 2, 1).
+        activation_max: largest unsigned activation that can occur, one or one a pair (K // 2, 1).
 
     Returns:
         bool (K // 2, N): the pair can exceed 32,767 or fall below -32,768.

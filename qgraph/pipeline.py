@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from operator import attrgetter
@@ -21,7 +21,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qgraph.errors import PipelineError, QGraphError
-from qgraph.pass_manager import Pass
+from qgraph.pass_manager import Pass, Stage
 from qgraph.spec import QuantSpec
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
@@ -36,6 +36,50 @@ def all_passes() -> dict[str, type[Pass]]:
     from qgraph import passes
 
     return {step.name: step for step in passes.ALL}
+
+
+def complete(steps: Sequence[Pass], *, calibrated: bool) -> list[Pass]:
+    """The pipeline with what its passes need before them, where they do not stand there already.
+
+    So that `smooth,insert-qdq` may be written for what takes six passes: a missing annotation is
+    the one of the recipe `static` where there is calibration data, of `dynamic` where there is none.
+
+    Args:
+        steps: a pipeline, complete or not.
+        calibrated: whether there is calibration data.
+    """
+    from qgraph.passes.annotate import Annotate
+    from qgraph.passes.calibrate import Calibrate
+    from qgraph.passes.canonicalize import Canonicalize
+    from qgraph.passes.guard_static import GuardStatic
+    from qgraph.passes.insert_observers import InsertObservers
+    from qgraph.passes.insert_qdq import InsertQDQ
+
+    annotate: tuple[Pass, ...] = (Annotate(scheme="dynamic"),)
+    if calibrated:
+        annotate = (Annotate(scheme="static"), InsertObservers(), Calibrate(), GuardStatic())
+    providers: dict[Stage, tuple[Pass, ...]] = {
+        Stage.CANONICAL: (Canonicalize(),),
+        Stage.ANNOTATED: annotate,
+        Stage.OBSERVED: (InsertObservers(),),
+        Stage.CALIBRATED: (InsertObservers(), Calibrate()),
+        Stage.COMMITTED: (InsertQDQ(),),
+    }
+    result: list[Pass] = []
+    holding: set[Stage] = set()
+
+    def add(step: Pass) -> None:
+        nonlocal holding
+        for stage in Stage:  # from the first to the last, so that each finds its own needs met
+            if stage in step.requires - holding and stage in providers:
+                for needed in providers[stage]:
+                    add(needed)
+        result.append(step)
+        holding = (holding - step.invalidates) | step.provides
+
+    for step in steps:
+        add(step)
+    return result
 
 
 def parse_pipeline(text: str) -> list[Pass]:

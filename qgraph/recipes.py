@@ -1,4 +1,4 @@
-"""Recipes: named, parameterised pipelines. Each function here is one; its keywords are its parameters."""
+"""Recipes: named pipelines. Each function here is one; its keywords are its parameters."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def static(
     bias_correction: bool = True,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
-    """INT8 weights and activations with scales fixed by calibration; fastest for convolutional nets.
+    """INT8 weights and activations, scales fixed by calibration; fastest for convolutional nets.
 
     Args:
         observer: how activation ranges are found: minmax, percentile, entropy, mse, or auto (mse
@@ -130,6 +130,7 @@ def get_recipe(name: str, parameters: dict[str, object]) -> Recipe:
         )
     for key, value in parameters.items():
         kind = kinds[key]
-        if kind in (int, float, bool) and not isinstance(value, (int, float) if kind is float else kind):
+        accepted = (int, float) if kind is float else kind
+        if kind in (int, float, bool) and not isinstance(value, accepted):
             raise QGraphError(f"recipe '{name}': {key}={value!r} is no {kind.__name__}")
     return RECIPES[name](**parameters)

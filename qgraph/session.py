@@ -20,7 +20,7 @@ INLINE_BYTES = 1024
 
 
 def session_options(optimized: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:
-    """Options of a quiet session: all graph optimizations or none; 0 threads = onnxruntime's choice."""
+    """Options of a quiet session: all optimizations or none; 0 threads = onnxruntime's choice."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

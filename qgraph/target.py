@@ -57,9 +57,9 @@ class Target(Protocol):
         ...
 
     def supports_glue(self, node: ir.Node) -> bool:
-        """Whether `node` (Add, Concat, pooling, ...) has an integer kernel worth joining islands with."""
+        """Whether `node` (Add, Concat, pooling, ...) has an integer kernel worth having."""
         ...
 
     def legalize(self, model: ir.Model, context: Context) -> bool:
-        """Replace committed quantization by what the target runs fastest; True if anything changed."""
+        """Make of committed quantization what the target runs fastest; True if that changed it."""
         ...

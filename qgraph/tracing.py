@@ -219,7 +219,8 @@ def _drop_metadata(model: ir.Model) -> None:
     """Drop what is large and of no use: stack traces, and the captured program behind its nodes."""
     for graph in graphs(model):
         graph.metadata_props.clear()
-        for value in graph.inputs:
+        initializers = graph.initializers.values() if isinstance(graph, ir.Graph) else ()
+        for value in (*graph.inputs, *initializers, *(v for n in graph for v in n.outputs)):
             value.meta.clear()
     for node in nodes(model):
         node.meta.clear()

@@ -1,4 +1,4 @@
-"""The integers that a site's weight becomes: rounding, bias overflow and saturation taken together."""
+"""The integers that a site's weight becomes: rounding, bias overflow and saturation together."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def quantize_in_slices(
 
 
 def reduction_rows(q: np.ndarray, site: Site) -> np.ndarray:
-    """The weight as (K, N), K in the order in which integer kernels add products; a view if possible."""
+    """The weight as (K, N), K in the order in which kernels add products; a view if possible."""
     if site.kind == "conv":
         # onnxruntime convolves with the channels last: kernel position first, then channel.
         order = (*range(2, q.ndim), 1, 0)

@@ -1,4 +1,4 @@
-"""What the tests of the quantizing passes share: targets that need no clock, and one short pipeline."""
+"""What tests of the quantizing passes share: targets that need no clock, and one short pipeline."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def golden(text: str) -> str:
 
 
 def both(model: ir.Model, given: Feed) -> list[np.ndarray]:
-    """The outputs with onnxruntime's optimizations off; they must agree with those of a run with them.
+    """The outputs with onnxruntime's optimizations off; those of a run with them must agree.
 
     Raises:
         AssertionError: they differ by more than float rounding, or by steps of the output.

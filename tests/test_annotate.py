@@ -26,13 +26,12 @@ from tests.models import (
     mlp,
     outputs,
     random_graph,
-    small_convnet,
     transformer_block,
     weight,
 )
 from tests.pipelines import CPU, ONNX, TARGETS, annotate, apply, body, golden, node, specs
 
-U8 = "uint8 per-tensor asym minmax"
+U8, TOKEN = "uint8 per-tensor asym minmax", "uint8 per-token sym dynamic"
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,12 @@ def mark(
 def test_dynamic_marks_uses_alone() -> None:
     model = mlp((4, 2, 2))
     mark(model)
-    assert body(model) == golden("""
-        %m0: f32[batch, 2] = MatMul(%x <uint8 per-token sym dynamic>, %w0 <int8 per-axis(1) sym absmax>)
+    w = "<int8 per-axis(1) sym absmax>"
+    assert body(model) == golden(f"""
+        %m0: f32[batch, 2] = MatMul(%x <{TOKEN}>, %w0 {w})
         %a0: f32[batch, 2] = Add(%m0, %b0)
         %h0: f32[batch, 2] = Relu(%a0)
-        %m1: f32[batch, 2] = MatMul(%h0 <uint8 per-token sym dynamic>, %w1 <int8 per-axis(1) sym absmax>)
+        %m1: f32[batch, 2] = MatMul(%h0 <{TOKEN}>, %w1 {w})
         %y: f32[batch, 2] = Add(%m1, %b1)
         """)
 
@@ -257,7 +257,7 @@ def test_sites_that_cannot_be_quantized_say_why(
 
 
 def test_a_table_counts_from_a_certain_size() -> None:
-    assert 128 * 128 * 4 == SMALL_TABLE
+    assert SMALL_TABLE == 128 * 128 * 4
     for rows, kept in ((127, False), (128, True)):
         text = "g (int64[2] ids) => (float[2,128] y) { y = Gather (w, ids) }"
         model = build(text, weight("w", rows, 128))

@@ -271,7 +271,6 @@ BAD: dict[str, tuple[Callable[[Path], object] | None, str, str]] = {
     "report over the model": (None, COMPILE + "-r dynamic --report model.onnx", "own file"),
     "report over the output": (None, COMPILE + "-r dynamic --json out.onnx", "own file"),
     "pipeline misspelt": (None, "opt model.onnx -p canonicalise -o out.onnx", "canonicalize"),
-    "pipeline in no order": (None, "opt model.onnx -p insert-qdq -o out.onnx", "insert-qdq"),
     "pipeline without module": (None, "opt model.onnx -p no_such:Pass -o out.onnx", "no_such"),
     "printing after no pass": (
         None, "opt model.onnx -p canonicalize -o out.onnx --print-after lower", "lower"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -153,7 +153,7 @@ def test_a_second_compilation_takes_the_statistics_from_the_cache(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("make", [mlp, small_convnet, transformer_block, if_model])
-def test_the_model_given_is_left_as_it_is(recipe: str, make: type[ir.Model]) -> None:
+def test_the_model_given_is_left_as_it_is(recipe: str, make: Callable[[], ir.Model]) -> None:
     model = make()
     PassManager([Canonicalize()]).run(model, Context(ONNX))
     before, held = to_text(model, weights=True), set(stages(model))

@@ -22,7 +22,7 @@ from qgraph.errors import QGraphError
 from qgraph.passes.annotate import PER_RUN, PER_TOKEN, WEIGHT
 from qgraph.session import open_session, run
 from qgraph.spec import QuantSpec
-from tests.models import build, mlp, weight
+from tests.models import build, weight
 
 STATIC = QuantSpec()
 CONTEXT = Context(CpuTarget("cpu", "avx2"))
@@ -40,7 +40,9 @@ def _fresh_host() -> object:
         function.cache_clear()
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, text: str, machine: str = "x86_64", system: str = "Linux") -> None:
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, text: str, machine: str = "x86_64", system: str = "Linux"
+) -> None:
     monkeypatch.setattr(isa, "_cpuinfo", text.splitlines)
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr("platform.system", lambda: system)
@@ -367,6 +369,5 @@ def test_the_description_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     cpu.host_table.cache_clear()
     fake_measure(monkeypatch, 2.5)
     cpu.host_table().speedup(CASE)
-    assert cpu.describe().splitlines()[-1].split() == ["2.50x", "float", "per-token", "64x64", "m=1"]
+    assert "   2.50x float  per-token 64x64 m=1" in cpu.describe().splitlines()
     assert cpu.describe().startswith(f"host: {isa.host_model()}, {isa.host_isa()}")
-    assert mlp()

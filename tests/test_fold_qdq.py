@@ -70,7 +70,8 @@ def test_integers_are_moved_instead_of_floats() -> None:
 
 def test_clamps_go_into_the_clamp_of_quantization() -> None:
     model = fold("""
-    g (float[8] x) => (uint8[8] y) <float s = {0.1}, uint8 z = {0}, float low = {-1}, float top = {30}> {
+    g (float[8] x) => (uint8[8] y)
+    <float s = {0.1}, uint8 z = {0}, float low = {-1}, float top = {30}> {
       r = Relu (x)
       c = Clip (r, low, top)
       y = QuantizeLinear (c, s, z)
@@ -90,28 +91,24 @@ def test_what_a_clamp_uncovers_cancels_too() -> None:
 
 
 UNTOUCHED = {
-    "other scale": "d = DequantizeLinear (x, s, z)  q = QuantizeLinear (d, t, z)",
-    "other zero point": "d = DequantizeLinear (x, s, z)  q = QuantizeLinear (d, s, zero)",
-    "computed scale": "n = Mul (s, s)  d = DequantizeLinear (x, n, z)  q = QuantizeLinear (d, n, z)",
-    "clamp inside the range":
-        "d = DequantizeLinear (x, t, z)  r = Clip (d, one, one)  q = QuantizeLinear (r, s, z)",
-    "levels below 0": "d = DequantizeLinear (x, t, z)  r = Relu (d)  q = QuantizeLinear (r, s, z)",
-    "computed bounds":
-        "d = DequantizeLinear (x, t, z)  n = Neg (s)  r = Clip (d, n)  q = QuantizeLinear (r, s, zero)",
-    "a move that computes":
-        "d = DequantizeLinear (x, s, z)  r = AveragePool <kernel_shape = [1,1]> (d)"
-        "  q = QuantizeLinear (r, s, z)",
-    "moved and used elsewhere":
-        "d = DequantizeLinear (x, s, z)  r = Transpose (d)  q = QuantizeLinear (r, s, z)  m = Neg (r)",
-    "clamped and used elsewhere":
-        "d = DequantizeLinear (x, t, z)  r = Relu (d)  q = QuantizeLinear (r, s, zero)  m = Neg (r)",
-    "blocks": "d = DequantizeLinear <axis = 1> (x, ch, zch)  q = QuantizeLinear <axis = 1> (d, ch, zch)",
-}  # fmt: skip
+    "other scale": "d = DQ (x, s, z)  q = Q (d, t, z)",
+    "other zero point": "d = DQ (x, s, z)  q = Q (d, s, zero)",
+    "computed scale": "n = Mul (s, s)  d = DQ (x, n, z)  q = Q (d, n, z)",
+    "clamp inside the range": "d = DQ (x, t, z)  r = Clip (d, one, one)  q = Q (r, s, z)",
+    "levels below 0": "d = DQ (x, t, z)  r = Relu (d)  q = Q (r, s, z)",
+    "computed bounds": "d = DQ (x, t, z)  n = Neg (s)  r = Clip (d, n)  q = Q (r, s, zero)",
+    "computes": "d = DQ (x, s, z)  r = AveragePool <kernel_shape = [1,1]> (d)  q = Q (r, s, z)",
+    "moved and used elsewhere": "d = DQ (x, s, z)  r = Transpose (d)  q = Q (r, s, z)  m = Neg (r)",
+    "clamped and used elsewhere": "d = DQ (x, t, z)  r = Relu (d)  q = Q (r, s, zero)  m = Neg (r)",
+    "channels": "d = DQ <axis = 1> (x, ch, zch)  q = Q <axis = 1> (d, ch, zch)",
+}
 
 
 @pytest.mark.parametrize("name", UNTOUCHED)
 def test_what_does_not_cancel_stays(name: str) -> None:
     text = UNTOUCHED[name].replace("  ", "\n")
+    text = text.replace("DQ", "DequantizeLinear").replace("Q (", "QuantizeLinear (")
+    text = text.replace("Q <", "QuantizeLinear <")
     outputs_ = "y, m" if " m = " in text else "y"
     text = f"""
     g (uint8[1,2,4,4] x) => ({outputs_})
@@ -159,7 +156,8 @@ def test_pooling_stays_float_where_it_has_no_kernel_for_the_integers() -> None:
 
 
 def test_branches_are_folded_too() -> None:
-    model = build("""
+    model = build(
+        """
     g (bool flag, uint8[2,3] x) => (float[2,3] y) PARAMETERS {
       d = DequantizeLinear (x, s, z)
       y = If (flag) <
@@ -169,7 +167,8 @@ def test_branches_are_folded_too() -> None:
         },
         else_branch = no () => (float[2,3] b) { b = Neg (d) }
       >
-    }""".replace("PARAMETERS", PARAMETERS))
+    }""".replace("PARAMETERS", PARAMETERS)
+    )
     PassManager([FoldQDQ()], verify=True, given=COMMITTED).run(model, Context(ONNX))
     assert sum(n.op_type == "QuantizeLinear" for n in model.graph.all_nodes()) == 0
     given_ = feed(model)
@@ -212,7 +211,8 @@ def test_a_clamp_that_is_dropped_changed_no_integer(
     high = np.float32(low) + np.float32(span)
     text = f"""
     g (float[512] x) => (uint8[512] y)
-    <float s = {{{scale!r}}}, uint8 z = {{{zero}}}, float low = {{{low!r}}}, float top = {{{float(high)!r}}}> {{
+    <float s = {{{scale!r}}}, uint8 z = {{{zero}}},
+     float low = {{{low!r}}}, float top = {{{float(high)!r}}}> {{
       c = Clip (x, low, top)
       y = QuantizeLinear (c, s, z)
     }}"""

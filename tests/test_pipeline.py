@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qgraph.context import Context
 from qgraph.errors import PipelineError
 from qgraph.pass_manager import Contract, Pass, PassManager
-from qgraph.pipeline import all_passes, convert, parse_pipeline
+from qgraph.pipeline import all_passes, complete, convert, parse_pipeline
 from qgraph.spec import PerBlock, QuantSpec
 
 INT4 = QuantSpec(ir.DataType.INT4, PerBlock(0, 32), group="a, b")
@@ -206,3 +206,29 @@ for name in ("broken", "missing"):
         "cannot import 'broken': ZeroDivisionError: division by zero",
         "cannot import 'missing': No module named 'not_installed_here'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "calibrated", "expected"),
+    [
+        ("insert-qdq", False, "canonicalize,annotate,insert-qdq"),
+        (
+            "insert-qdq",
+            True,
+            "canonicalize,annotate{scheme=static},insert-observers,calibrate,guard-static,insert-qdq",
+        ),
+        ("canonicalize,lower", False, "canonicalize,annotate,insert-qdq,lower"),
+        (
+            "annotate{scheme=static},calibrate",
+            True,
+            "canonicalize,annotate{scheme=static},insert-observers,calibrate",
+        ),
+        ("canonicalize,annotate,insert-qdq", True, "canonicalize,annotate,insert-qdq"),
+        ("fold-constants", False, "fold-constants"),
+    ],
+)
+def test_a_pipeline_is_completed_by_what_it_needs(
+    text: str, calibrated: bool, expected: str
+) -> None:
+    passes = complete(parse_pipeline(text), calibrated=calibrated)
+    assert str(PassManager(passes)) == expected

@@ -114,7 +114,7 @@ def test_a_pass_goes_before_the_one_named() -> None:
     assert names(longer) == [*names(recipe)[:at], "equalize", *names(recipe)[at:]]
     assert names(recipe) == names(dynamic())
     assert longer.name == "dynamic"
-    with pytest.raises(QGraphError, match="has no pass 'smooth': it has .*annotate"):
+    with pytest.raises(QGraphError, match=r"has no pass 'smooth': it has .*annotate"):
         recipe.insert(Equalize(), before="smooth")
 
 

@@ -132,6 +132,12 @@ def test_provenance_stays_and_stack_traces_go(tied: tuple[Any, ir.Model]) -> Non
     assert not any("stack_trace" in key for node in nodes(model) for key in node.metadata_props)
 
 
+def test_what_was_captured_can_be_copied(tied: tuple[Any, ir.Model]) -> None:
+    _, model = tied
+    copied = model.clone(deep_copy=True)  # fake tensors of the captured program could not be
+    assert [node.name for node in nodes(copied)] == [node.name for node in nodes(model)]
+
+
 def test_tied_weights_are_held_once_and_never_copied(tied: tuple[Any, ir.Model]) -> None:
     module, model = tied
     weight = module.embed.weight.detach().numpy()

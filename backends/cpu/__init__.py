@@ -38,7 +38,7 @@ MARGIN = 1.02
 """A quantized operator must beat float by this much: below it, noise decides."""
 
 CHAIN = 3
-"""Convolutions in a row, by which the time of one is told from that of the conversions around it."""
+"""Convolutions in a row, which tell the time of one from that of the conversions around it."""
 
 SHIPPED: dict[str, dict[int, float]] = {
     "per-token": {1: 4.6, 128: 1.9},
@@ -115,7 +115,7 @@ class CpuTarget:
         return Verdict(True, f"{speedup:.2f}x float {where}", speedup)
 
     def _convolution(self, lowering: Lowering, k: int, n: int) -> Verdict:
-        """A convolution's own speedup, and what conversions around it cost: see `qgraph.islands`."""
+        """A convolution's own speedup and what conversions around it cost: see `qgraph.islands`."""
         if not self.measured:
             return Verdict(True, f"assumed for {self.isa}", *ASSUMED_CONVOLUTION)
         size = (rounded(k, 512), rounded(n, 512), PIXELS)

@@ -33,7 +33,7 @@ def part_norms(model: ir.Model) -> bool:
 
 
 def _terms(value: ir.Value | None) -> list[ir.Value]:
-    """A summand, or bias and product where it is itself an Add of a constant that nothing else reads."""
+    """A summand, or bias and product where it is an Add of a constant that nothing else reads."""
     assert value is not None
     node = value.producer()
     if node is None or not is_op(node, "Add") or only_user(value) is None:
@@ -65,7 +65,7 @@ def part_rms_norms(model: ir.Model) -> bool:
         attributes = {"epsilon": epsilon.as_float() if epsilon else 1e-12, "axis": -1}
         norm = insert(
             model, node, "SimplifiedLayerNormalization", [total.outputs[0], gamma],
-            base=f"{node.outputs[0].name}_norm", attributes=attributes,  # type: ignore[arg-type]
+            base=f"{node.outputs[0].name}_norm", attributes=attributes,
         )  # fmt: skip
         if len(node.outputs) > 3:
             redirect(node.outputs[3], total.outputs[0])

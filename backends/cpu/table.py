@@ -34,8 +34,8 @@ class Case:
     """One entry: an operator of rounded size under one lowering.
 
     Attributes:
-        lowering: products of `per-token` or `per-run` dynamic or `static` activations with a constant
-            int8 weight; static convolutions of three kinds; residual norms taken apart.
+        lowering: products of `per-token` or `per-run` dynamic or `static` activations with a
+            constant int8 weight; static convolutions of three kinds; residual norms taken apart.
         k, n: input and output channels, rounded to powers of two.
         m: rows of the product, or output pixels of the convolution.
         chain: convolutions in a row, with conversions at both ends only.
