@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from qgraph.annotation import MOVES
 from qgraph.functions import (
     DEQUANTIZE_PER_TOKEN,
     DOMAIN,
-    QUANTIZE_PER_TOKEN,
     is_call,
     undeclare_unused,
 )
@@ -25,12 +25,9 @@ from qgraph.graph import (
     insert,
     is_op,
     nodes,
-    opset,
     redirect,
     remove_dead,
-    shared_constant,
 )
-from qgraph.numerics import SMALLEST_SCALE
 
 MICROSOFT = "com.microsoft"
 Dialect = Literal["onnxruntime", "standard"]
@@ -179,50 +176,6 @@ def _bias(model: ir.Model, node: ir.Node, op: object) -> ir.Value | None:
     return made
 
 
-def lower_quantizers(model: ir.Model) -> bool:
-    """QuantizePerToken spelled out for onnxruntime, without a guard against tokens of zeros.
-
-    There 0/0 rounds to some integer, and what it becomes is multiplied by the token's magnitude 0.
-    """
-    changed = False
-    for node in nodes(model):
-        if not is_call(node, QUANTIZE_PER_TOKEN):
-            continue
-        (x, step, zero, floor), base = node.inputs, node.outputs[0].name or "q"
-        assert x is not None
-        magnitude = insert(model, node, "Abs", [x], base=f"{base}_abs")
-        axes: list[ir.Value] = []
-        attributes: dict[str, int | list[int]] = {"keepdims": 1}
-        if opset(model) >= 18:
-            axes = [shared_constant(model, "qgraph/last_axis", np.array([-1], np.int64))]
-        else:
-            attributes["axes"] = [-1]
-        largest = insert(
-            model, node, "ReduceMax", [*magnitude.outputs, *axes],
-            base=f"{base}_max", attributes=attributes,
-        )  # fmt: skip
-        lowest = array(floor)
-        if lowest is None or lowest > SMALLEST_SCALE:
-            largest = insert(
-                model, node, "Max", [largest.outputs[0], floor], base=f"{base}_floored"
-            )
-        scaled = insert(model, node, "Div", [x, largest.outputs[0]], base=f"{base}_scaled")
-        q = insert(
-            model, node, "QuantizeLinear", [scaled.outputs[0], step, zero], base=f"{base}_rounded"
-        )
-        for made in (magnitude, scaled):
-            made.outputs[0].type, made.outputs[0].shape = x.type, x.shape
-        largest.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        q.outputs[0].type, q.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), x.shape
-        redirect(node.outputs[0], q.outputs[0])
-        redirect(node.outputs[1], largest.outputs[0])
-        graph = node.graph
-        assert graph is not None
-        graph.remove(node, safe=True)
-        changed = True
-    return changed
-
-
 def lower_tables(model: ir.Model) -> bool:
     """Gather of a dequantized table: gather integers and their rows' scales, then multiply.
 
@@ -277,39 +230,58 @@ def shield_float(model: ir.Model) -> bool:
     """Keep onnxruntime from quantizing what was left float on purpose.
 
     Where a Conv, ConvTranspose or Gemm with a float weight reads a DequantizeLinear of one scale,
-    onnxruntime rounds its weight to int8 per tensor on loading (its WeightBiasQuantization),
-    without asking: EfficientNet-lite0 falls from 23 to 8 dB. A dequantization with the same scale
-    written out for each channel means the same and is left alone::
+    or what only moves its data, onnxruntime rounds the weight to int8 per tensor on loading (its
+    WeightBiasQuantization), without asking: EfficientNet-lite0 falls from 23 to 8 dB. A
+    dequantization with the same scale written out for each channel means the same and is left
+    alone::
 
         q ── DQ(s) ── Conv(W:f32)          q ── DQ([s, s, ... s], axis=1) ── Conv(W:f32)
     """
     changed = False
     for node in nodes(model):
-        value = node.inputs[0] if node.inputs else None
-        dq = value.producer() if value is not None else None
-        if not is_op(node, "Conv", "ConvTranspose", "Gemm") or not is_op(dq, "DequantizeLinear"):
+        if not is_op(node, "Conv", "ConvTranspose", "Gemm"):
             continue
         weight = constant(node.inputs[1])
-        assert dq is not None
-        scale, zero = (array(v) for v in dq.inputs[1:3]) if len(dq.inputs) > 2 else (None, None)
-        if weight is None or weight.dtype != ir.DataType.FLOAT or scale is None or zero is None:
+        if weight is None or weight.dtype != ir.DataType.FLOAT:
             continue
-        channels = dims(value)[1] if len(dims(value)) > 1 else None
-        if scale.size != 1 or channels in (None, 1):
+        reader = node
+        while (before := _source(reader)) is not None and is_op(before, *MOVES):
+            reader = before
+        dq, axis = _source(reader), _long_axis(reader)
+        scale = array(dq.inputs[1]) if dq is not None and is_op(dq, "DequantizeLinear") else None
+        if dq is None or scale is None or scale.size != 1 or axis is None:
             continue
-        assert isinstance(channels, int)
+        value, (index, size) = dq.outputs[0], axis
         parameters = [
-            add_constant(model, f"{value.name}_channels", np.full(channels, p.reshape(()), p.dtype))  # type: ignore[union-attr]
-            for p in (scale, zero)
+            add_constant(model, f"{value.name}_channels", np.full(size, p.reshape(()), p.dtype))
+            for v in dq.inputs[1:3]
+            if (p := array(v)) is not None
         ]
         shielded = insert(
-            model, node, "DequantizeLinear", [dq.inputs[0], *parameters],
-            base=f"{value.name}_float", attributes={"axis": 1},  # type: ignore[union-attr]
+            model, reader, "DequantizeLinear", [dq.inputs[0], *parameters],
+            base=f"{value.name}_float", attributes={"axis": index},
         )  # fmt: skip
-        shielded.outputs[0].type, shielded.outputs[0].shape = value.type, value.shape  # type: ignore[union-attr]
-        node.replace_input_with(0, shielded.outputs[0])
+        shielded.outputs[0].type, shielded.outputs[0].shape = value.type, value.shape
+        reader.replace_input_with(0, shielded.outputs[0])
         changed = True
     return changed
+
+
+def _source(node: ir.Node) -> ir.Node | None:
+    """The node that computes the data of `node`."""
+    return node.inputs[0].producer() if node.inputs[0] is not None else None
+
+
+def _long_axis(node: ir.Node) -> tuple[int, int] | None:
+    """An axis of the data of `node` whose length is known and above 1, and that length."""
+    sizes = list(enumerate(dims(node.inputs[0])))
+    if is_op(node, "Conv", "ConvTranspose"):
+        shape, group = dims(node.inputs[1]), int(attribute(node, "group", 1))
+        channels = shape[0] if node.op_type == "ConvTranspose" else (shape[1] or 0) * group
+        sizes = [(1, channels), *sizes]
+    elif len(sizes) > 1:
+        sizes = [sizes[1], *sizes]
+    return next(((axis, size) for axis, size in sizes if size and size > 1), None)
 
 
 def inline_functions(model: ir.Model) -> bool:

@@ -12,13 +12,17 @@ import onnx_ir as ir
 from qgraph.analysis import Site, lowest_value, only_user, site_of
 from qgraph.annotation import IN, SPEC, STATS, annotated, output_value, static_spec
 from qgraph.context import Context
-from qgraph.functions import (
-    DEQUANTIZE_PER_TOKEN,
-    QUANTIZE_PER_TOKEN,
-    declare,
-    grid_values,
+from qgraph.functions import DEQUANTIZE_PER_TOKEN, QUANTIZE_PER_TOKEN, declare, grid_values
+from qgraph.graph import (
+    add_constant,
+    array,
+    constant,
+    insert,
+    is_op,
+    redirect,
+    release,
+    remove_dead,
 )
-from qgraph.graph import add_constant, array, constant, insert, is_op, redirect, release, remove_dead
 from qgraph.numerics import quantize_bias, token_grid
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.spec import PerToken, QuantSpec

@@ -40,13 +40,16 @@ def gain(cost: Cost, sides: float) -> float:
     Args:
         sides: how many of its two sides meet integers, 0 to 2.
     """
-    kept = cost.integer + (2 - sides) / 2 * cost.conversions
-    left = 1 + sides / 2 * cost.conversions
-    return left - kept
+    return 1 + sides / 2 * cost.conversions - _integer_time(cost, sides)
+
+
+def _integer_time(cost: Cost, sides: float) -> float:
+    return cost.integer + (2 - sides) / 2 * cost.conversions
 
 
 def settle(sites: Sequence[Site], costs: Mapping[ir.Node, Cost], glue: Glue) -> set[ir.Node]:
-    """The convolutions to keep in integers: the worst is dropped until each one and all win.
+    """The convolutions to keep in integers: the worst is dropped, one by one, and the fastest
+    choice on the way, from all of them to none, is taken.
 
     Args:
         sites: static convolutions.
@@ -54,21 +57,17 @@ def settle(sites: Sequence[Site], costs: Mapping[ir.Node, Cost], glue: Glue) -> 
         glue: whether an operator passes integers through.
     """
     kept = {site.node for site in sites}
+    best, least = set[ir.Node](), sum(costs[node].size for node in kept)
+    float_time = 0.0
     while kept:
-        gains = {
-            s.node: gain(costs[s.node], _sides(s, kept, glue)) for s in sites if s.node in kept
-        }
-        worst = min(gains, key=lambda node: gains[node] * costs[node].size)
-        if gains[worst] >= 0:
-            break
+        sides = {s.node: _sides(s, kept, glue) for s in sites if s.node in kept}
+        time = float_time + sum(costs[n].size * _integer_time(costs[n], sides[n]) for n in sides)
+        if time < least:
+            best, least = set(kept), time
+        worst = min(sides, key=lambda n: gain(costs[n], sides[n]) * costs[n].size)
         kept.remove(worst)
-    spent = [
-        costs[s.node].size
-        * (costs[s.node].integer + (2 - _sides(s, kept, glue)) / 2 * costs[s.node].conversions)
-        for s in sites
-        if s.node in kept
-    ]
-    return kept if sum(spent) < sum(costs[node].size for node in kept) else set()
+        float_time += costs[worst].size
+    return best
 
 
 def size(site: Site) -> float:

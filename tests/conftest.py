@@ -18,4 +18,4 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="qgraph-test-cache-")
     os.environ["QGRAPH_CACHE"] = folder.name
     config.add_cleanup(folder.cleanup)
-    config.add_cleanup(lambda: os.environ.pop("QGRAPH_CACHE"))
+    config.add_cleanup(lambda: os.unsetenv("QGRAPH_CACHE"))

@@ -89,8 +89,6 @@ def test_static_before_and_after() -> None:
     x = np.array([-1, 0, 0.5, 4.1, 1, 1, 1, 1], np.float32).reshape(1, 2, 2, 2)
     apply(model, commit(), [{"x": x}])
     assert body(model, weights=True) == golden("""
-        weight %w = f32[2, 2, 1, 1] {1.0, -2.0, 0.0, 0.0}
-        weight %b = f32[2] {0.5, -0.25}
         weight %w_q = i8[2, 2, 1, 1] {64, -127, 0, 0}
         weight %w_scale = f32[2] {0.015748031, 1.1641532e-08}
         weight %w_zero = i8[2] {0, 0}
@@ -719,3 +717,28 @@ def test_a_block_of_a_transformer() -> None:
         apply(model, passes, [given_])
         assert sqnr_db(wanted, both(model, given_)[0]) > 25
     assert node(model, "y").op_type == "Add"
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_data_that_comes_from_a_default(scheme: Scheme) -> None:
+    text = """
+    g (float[2,4] x, float[4,4] k) => (y, z) {
+      y = MatMul (k, w)
+      s = Mul (x, x)
+      z = MatMul (s, w)
+    }"""
+    model = build(text, weight("w", 4, 4), weight("k", 4, 4))  # k is a default
+    given_ = feed(model)
+    wanted = outputs(model, given_)
+    apply(model, static() if scheme == "static" else dynamic(), [given_])
+    for a, b in zip(wanted, both(model, given_), strict=True):
+        assert sqnr_db(a, b) > 30
+
+
+def test_static_data_that_is_constant_is_left_float() -> None:
+    text = "g (float[2,4] x) => (y) { y = MatMul (k, w) }"
+    model = build(text, weight("w", 4, 4), weight("k", 4, 4))
+    stages(model).add(Stage.CANONICAL)  # canonicalize would compute it
+    context = apply(model, (Annotate("static"), *static()[2:]))
+    assert context.remarks.verdicts()["y"].kind == "float"
+    assert ops(model) == ["MatMul"]

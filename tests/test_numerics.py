@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -16,6 +18,8 @@ from hypothesis.extra import numpy as hnp
 from qgraph.numerics import (
     INT32_MAX,
     SMALLEST_SCALE,
+    SYMMETRIC_GRID,
+    TokenGrid,
     along,
     can_saturate,
     dequantize,
@@ -29,6 +33,7 @@ from qgraph.numerics import (
     repair_saturation,
     scale_zero_point,
     sqnr_db,
+    token_grid,
     unpack_int4,
     weight_range,
     weight_scale_for_bias,
@@ -258,6 +263,79 @@ def test_each_token_has_its_own_scale(x: np.ndarray) -> None:
         assert own[0] == largest[i]
     peaks = np.abs(q - 128).max(axis=-1)
     assert (peaks[np.abs(x).max(axis=-1) > 1e-10] == 127).all()
+
+
+GELU, RELU, SIGMOID = -0.17, 0.0, 0.0
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))), dtype=np.float32)
+
+
+ACTIVATIONS: dict[str, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {
+    "Relu": (RELU, lambda x: np.maximum(x, 0)),
+    "Gelu": (GELU, gelu),
+    "Sigmoid": (SIGMOID, lambda x: (1 / (1 + np.exp(-x))).astype(np.float32)),
+    "unbounded": (-2.0, lambda x: x),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@given(
+    x=hnp.arrays(np.float32, (3, 5), elements=st.floats(-80, 80, width=32)),
+    factor=st.sampled_from([1.0, 1e-3, 1e-9]),
+)
+def test_bounded_values_come_back_within_half_a_step(
+    name: str, x: np.ndarray, factor: float
+) -> None:
+    lowest, activation = ACTIVATIONS[name]
+    grid = token_grid(lowest)
+    y = activation(x * np.float32(factor))
+    q, largest = quantize_per_token(y, grid)
+    assert q.min() >= 0
+    assert q.max() <= 255
+    back = dequantize_per_token(q, largest, grid)
+    assert (np.abs(back - y) <= largest * grid.step * 0.501).all()
+    assert (back[y == 0] == 0).all()
+
+
+@pytest.mark.parametrize("lowest", [0.0, -1e-9, -0.17, -0.375, -1.0])
+def test_the_levels_reach_the_lowest_value_in_any_token(lowest: float) -> None:
+    grid = token_grid(lowest)
+    for largest in (0.0, 1e-12, 0.01, 0.5, 3.0, 1e6):
+        x = np.array([[lowest, largest, 0]], np.float32)
+        q, magnitude = quantize_per_token(x, grid)
+        back = dequantize_per_token(q, magnitude, grid)
+        assert (np.abs(back - x) <= magnitude * grid.step * 0.501).all(), largest
+
+
+def test_grids_of_known_bounds() -> None:
+    assert token_grid(0.0) == TokenGrid(np.float32(1 / 255), 0, SMALLEST_SCALE)
+    gelus = token_grid(-0.17)
+    assert (gelus.zero, gelus.step) == (32, np.float32(1 / 223))
+    assert gelus.floor * gelus.step * 32 == pytest.approx(0.17)
+    for unbounded in (None, -1.01, -100.0):
+        assert token_grid(unbounded) is SYMMETRIC_GRID
+
+
+@pytest.mark.parametrize(("name", "better"), [("Relu", 5.5), ("Gelu", 4.0), ("Sigmoid", 5.5)])
+def test_bounded_values_keep_more_of_their_signal(name: str, better: float) -> None:
+    lowest, activation = ACTIVATIONS[name]
+    y = activation(np.random.default_rng(0).normal(0, 1.5, (64, 512)).astype(np.float32))
+    symmetric, bounded = (
+        sqnr_db(y, dequantize_per_token(*quantize_per_token(y, grid), grid))
+        for grid in (SYMMETRIC_GRID, token_grid(lowest))
+    )
+    assert bounded > symmetric + better
+
+
+@pytest.mark.parametrize("lowest", [None, 0.0, -0.17])
+def test_tokens_of_zeros_stay_zeros(lowest: float | None) -> None:
+    grid = token_grid(lowest)
+    q, largest = quantize_per_token(np.zeros((2, 4), np.float32), grid)
+    assert (q == grid.zero).all()
+    assert (largest > 0).all()
+    assert (dequantize_per_token(q, largest, grid) == 0).all()
 
 
 channels = hnp.arrays(np.float32, 6, elements=st.floats(-1e4, 1e4, width=32))

@@ -13,10 +13,10 @@ from qgraph.annotation import MOVES
 from qgraph.backends.cpu.isa import ISAS, SATURATING, host_isa, host_model
 from qgraph.backends.cpu.norms import part_norms, part_rms_norms
 from qgraph.backends.cpu.table import Case, Lowering, Table, rounded
+from qgraph.backends.cpu.tokens import lower_quantizers
 from qgraph.backends.lowering import (
     inline_functions,
     lower_products,
-    lower_quantizers,
     lower_tables,
     shield_float,
 )

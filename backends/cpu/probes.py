@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.backends.lowering import inline_functions, lower_products, lower_quantizers
+from qgraph.backends.cpu.tokens import lower_quantizers
+from qgraph.backends.lowering import inline_functions, lower_products
 from qgraph.functions import (
     DEQUANTIZE_PER_TOKEN,
     QUANTIZE_PER_TOKEN,
@@ -20,8 +21,8 @@ class _Builder:
     def __init__(self, shape: list[int]) -> None:
         self.rng = np.random.default_rng(0)
         x = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
-        self.graph = ir.Graph([x], [], nodes=[], opset_imports={"": 17}, name="probe")
-        self.model = ir.Model(self.graph, ir_version=8)
+        self.graph = ir.Graph([x], [], nodes=[], opset_imports={"": 21}, name="probe")
+        self.model = ir.Model(self.graph, ir_version=10)
         self.x = x
 
     def op(
