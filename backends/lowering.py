@@ -248,14 +248,16 @@ def shield_float(model: ir.Model) -> bool:
         while (before := _source(reader)) is not None and is_op(before, *MOVES):
             reader = before
         dq, axis = _source(reader), _long_axis(reader)
-        scale = array(dq.inputs[1]) if dq is not None and is_op(dq, "DequantizeLinear") else None
-        if dq is None or scale is None or scale.size != 1 or axis is None:
+        if dq is None or not is_op(dq, "DequantizeLinear") or axis is None:
+            continue
+        found = [array(v) for v in dq.inputs[1:] if v is not None]
+        if any(p is None or p.size != 1 for p in found):
             continue
         value, (index, size) = dq.outputs[0], axis
         parameters = [
             add_constant(model, f"{value.name}_channels", np.full(size, p.reshape(()), p.dtype))
-            for v in dq.inputs[1:3]
-            if (p := array(v)) is not None
+            for p in found
+            if p is not None
         ]
         shielded = insert(
             model, reader, "DequantizeLinear", [dq.inputs[0], *parameters],

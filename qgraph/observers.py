@@ -212,13 +212,16 @@ def token_sqnr_db(stats: Stats, scale: float) -> float:
     """SQNR in dB of the median token, quantized with one `scale` for all tokens.
 
     A scale set by a spiking token ruins all others, which the SQNR over all elements hides: the
-    spike holds most of the power.
+    spike holds most of the power. Tokens of zeros do not count: any scale holds them exactly.
 
     Raises:
         CalibrationError: the power of the tokens was not collected.
     """
     centers, counts = _need(stats.token_power, "token SQNR").bins()
-    return _db(quantile(centers, counts, 0.5), scale**2 / 12)
+    alive = centers > 0
+    if not alive.any():
+        return float("inf")
+    return _db(quantile(centers[alive], counts[alive], 0.5), scale**2 / 12)
 
 
 def _db(signal: float, noise: float) -> float:

@@ -70,7 +70,6 @@ def test_before_and_after() -> None:
     """)
 
 
-
 def test_rows_keep_more_of_their_signal() -> None:
     wanted = outputs(build(LOOKUP, table(*WIDE)), ids())[0]
     found = []

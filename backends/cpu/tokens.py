@@ -47,7 +47,7 @@ def _lower(model: ir.Model, node: ir.Node) -> None:
     lowest = array(floor)
     if lowest is None or lowest > SMALLEST_SCALE:
         largest = add("Max", [largest.outputs[0], floor], base=f"{base}_floored")
-    width = dims(x)[-1] if dims(x) else None
+    width = dims(x)[-1] if len(dims(x)) > 1 else None  # blocks need a second axis
     if opset(model) >= BLOCKED and width is not None:
         scale = add("Mul", [largest.outputs[0], step], base=f"{base}_scale")
         shape = add("Shape", largest.outputs, base=f"{base}_tokens")
