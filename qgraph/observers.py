@@ -212,7 +212,8 @@ def token_sqnr_db(stats: Stats, scale: float) -> float:
     """SQNR in dB of the median token, quantized with one `scale` for all tokens.
 
     A scale set by a spiking token ruins all others, which the SQNR over all elements hides: the
-    spike holds most of the power. Tokens of zeros do not count: any scale holds them exactly.
+    spike holds most of the power. Tokens of zeros do not count, any scale holds them exactly; where
+    no others were seen, nothing is known and the result is -inf.
 
     Raises:
         CalibrationError: the power of the tokens was not collected.
@@ -220,7 +221,7 @@ def token_sqnr_db(stats: Stats, scale: float) -> float:
     centers, counts = _need(stats.token_power, "token SQNR").bins()
     alive = centers > 0
     if not alive.any():
-        return float("inf")
+        return float("-inf")
     return _db(quantile(centers[alive], counts[alive], 0.5), scale**2 / 12)
 
 

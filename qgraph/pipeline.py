@@ -42,7 +42,7 @@ def complete(steps: Sequence[Pass], *, calibrated: bool) -> list[Pass]:
     """The pipeline with what its passes need before them, where they do not stand there already.
 
     So that `smooth,insert-qdq` may be written for what takes six passes: a missing annotation is
-    the one of the recipe `static` where there is calibration data, of `dynamic` where there is none.
+    that of the recipe `static` where there is calibration data, of `dynamic` where there is none.
 
     Args:
         steps: a pipeline, complete or not.

@@ -13,7 +13,7 @@ from qgraph.annotation import MOVES
 from qgraph.backends.cpu.isa import ISAS, SATURATING, host_isa, host_model
 from qgraph.backends.cpu.norms import part_norms, part_rms_norms
 from qgraph.backends.cpu.table import Case, Lowering, Table, rounded
-from qgraph.backends.cpu.tokens import lower_quantizers
+from qgraph.backends.cpu.tokens import defer_scales, lower_quantizers
 from qgraph.backends.lowering import (
     inline_functions,
     lower_products,
@@ -139,6 +139,7 @@ class CpuTarget:
     def legalize(self, model: ir.Model, context: Context) -> bool:
         changed = lower_tables(model)
         changed |= lower_products(model, "onnxruntime")
+        changed |= defer_scales(model)
         changed |= lower_quantizers(model)
         changed |= shield_float(model)
         if self._speedup("norm", NORM_WIDTH, NORM_WIDTH, context) > MARGIN:

@@ -7,8 +7,10 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.analysis import only_user
+from qgraph.backends.lowering import MICROSOFT
 from qgraph.functions import QUANTIZE_PER_TOKEN, is_call
-from qgraph.graph import array, dims, insert, nodes, opset, redirect, shared_constant
+from qgraph.graph import array, dims, insert, is_op, nodes, opset, redirect, shared_constant
 from qgraph.numerics import SMALLEST_SCALE
 
 BLOCKED = 21
@@ -32,6 +34,51 @@ def lower_quantizers(model: ir.Model) -> bool:
     return bool(found)
 
 
+def defer_scales(model: ir.Model) -> bool:
+    """Let a token's magnitude pass by a gating product instead of through it.
+
+    Where the result of one integer product is multiplied elementwise and quantized per token again,
+    as `up` is in a gated MLP, its own token magnitude need not be multiplied into all of its
+    channels: quantization relative to the largest one does not see it::
+
+        acc ── Mul(largest) ── Mul(gate) ── QuantizePerToken ── q, largest'
+        acc ────────────────── Mul(gate) ── QuantizePerToken ── q, largest' · largest
+    """
+    changed = False
+    for quantizer in [node for node in nodes(model) if is_call(node, QUANTIZE_PER_TOKEN)]:
+        value, floor = quantizer.inputs[0], array(quantizer.inputs[3])
+        gating = value.producer() if value is not None else None
+        if not is_op(gating, "Mul") or gating is None or only_user(gating.outputs[0]) is None:
+            continue
+        if floor is None or floor > SMALLEST_SCALE:
+            continue  # the floor bounds magnitudes that include the one to be deferred
+        for index, factor in enumerate(gating.inputs):
+            scaling = factor.producer() if factor is not None else None
+            if scaling is None or not _scales_tokens(scaling):
+                continue
+            largest = quantizer.outputs[1]
+            total = insert(
+                model, quantizer, "Mul", [largest, scaling.inputs[1]],
+                base=f"{largest.name}_total", after=True,
+            )  # fmt: skip
+            total.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            redirect(largest, total.outputs[0], keep=[total])
+            gating.replace_input_with(index, scaling.inputs[0])
+            changed = True
+            break
+    return changed
+
+
+def _scales_tokens(node: ir.Node) -> bool:
+    """Whether `node` multiplies an integer product by its tokens' magnitudes, for one user."""
+    if not is_op(node, "Mul") or only_user(node.outputs[0]) is None:
+        return False
+    product, largest = (v.producer() if v is not None else None for v in node.inputs)
+    return is_op(product, "MatMulIntegerToFloat", domain=MICROSOFT) and is_call(
+        largest, QUANTIZE_PER_TOKEN
+    )
+
+
 def _lower(model: ir.Model, node: ir.Node) -> None:
     x, step, zero, floor = node.inputs
     assert x is not None
@@ -43,7 +90,7 @@ def _lower(model: ir.Model, node: ir.Node) -> None:
         largest = add("ReduceMax", [magnitude.outputs[0], axes], base=f"{base}_max")
     else:
         reduced = {"axes": [-1]}
-        largest = add("ReduceMax", magnitude.outputs, base=f"{base}_max", attributes=reduced)  # type: ignore[arg-type]
+        largest = add("ReduceMax", magnitude.outputs, base=f"{base}_max", attributes=reduced)
     lowest = array(floor)
     if lowest is None or lowest > SMALLEST_SCALE:
         largest = add("Max", [largest.outputs[0], floor], base=f"{base}_floored")
