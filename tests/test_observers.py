@@ -204,7 +204,7 @@ def test_every_range_holds_zero_and_lies_within_the_data(x: np.ndarray, spec: Qu
     for method in methods:
         low, high = find_range(stats, spec.with_(observer=method))
         assert min(stats.low, 0) <= low <= 0 <= high <= max(stats.high, 0)
-        if x.any():
+        if (np.abs(x) > np.finfo(np.float32).tiny).any():  # a share of a subnormal may be zero
             assert low < high
 
 
