@@ -43,7 +43,7 @@ class Calibrate(Pass):
     the number of samples, and neither their order nor their batching changes the result. With a
     cache folder in the context, statistics are kept by the content of weights, graph and data.
 
-    Source: design after "calibration is a graph rewrite"; histogram bins are float32 bit patterns,
+    Source: Krishnamoorthi 2018, section 3.1 (calibration); histogram bins are float32 bit patterns,
     see :class:`qgraph.observers.BitHistogram`.
     """
 
@@ -186,7 +186,7 @@ def _collect(
     for index, feed in enumerate(context.progress(context.calibration, "calibrating", total)):
         complete = complete_feed(model, feed)
         given = {k: v for k, v in complete.items() if k in inputs}
-        groups = groups or _groups(session, outputs, given, index)
+        groups = groups or _groups(session, outputs, given, index, context.max_memory)
         for names in groups:
             _fold(stats, wanted, names, _run(session, names, given, index))
         seen += 1
@@ -205,8 +205,12 @@ def _run(session: Any, names: list[str], feed: Feed, index: int) -> list[np.ndar
         ) from error
 
 
-def _groups(session: Any, outputs: list[str], feed: Feed, index: int) -> list[list[str]]:
-    """Sets of outputs to fetch together, so that raw values stay within `RAW_BYTES` a run."""
+def _groups(
+    session: Any, outputs: list[str], feed: Feed, index: int, max_memory: int | None
+) -> list[list[str]]:
+    """Sets of outputs to fetch together, so that raw values stay within bounds: `RAW_BYTES`, and
+    a quarter of what the user allows."""
+    limit = min(RAW_BYTES, (max_memory or 4 * RAW_BYTES) // 4)
     small = [name for name in outputs if not name.endswith("|raw")]
     if len(small) == len(outputs):
         return [outputs]
@@ -214,7 +218,7 @@ def _groups(session: Any, outputs: list[str], feed: Feed, index: int) -> list[li
     groups, held = [small], 0
     for name in (n for n in outputs if n.endswith("|raw")):
         held += 4 * int(sizes[name.removesuffix("raw") + "size"])
-        if held > RAW_BYTES:
+        if held > limit:
             groups.append([])
             held = 0
         groups[-1].append(name)

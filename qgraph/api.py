@@ -57,7 +57,8 @@ def compile(
         samples: use only this many feeds.
         seed: for everything random.
         cache: folder in which calibration statistics are kept between runs.
-        max_memory: bytes that calibration may hold at once.
+        max_memory: bytes to stay within: histograms of large activations are collected in several
+            runs of each feed, so that a quarter of it holds them.
         optimize_for: which runs of a language model decide between lowerings.
         verify: hold every pass to its contract with probe inputs.
         progress: display for long loops, see :mod:`qgraph.progress`.

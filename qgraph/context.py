@@ -94,7 +94,7 @@ class Context:
         remarks: filled by the passes.
         progress: wraps a loop that may take long: `progress(items, title, total)`.
         cache: folder for calibration statistics, or None.
-        max_memory: bytes that qgraph may hold at once, or None.
+        max_memory: bytes to stay within, or None; calibration takes a quarter for activations.
     """
 
     target: Target

@@ -24,7 +24,7 @@ g (float[N,16] x) => (float[N,4] y) {
 
 
 def committed(opset: int) -> ir.Model:
-    """A gated MLP with per-token activations, its products lowered and its quantizers still calls."""
+    """A gated MLP quantized token by token, its products lowered, its quantizers still calls."""
     model = build(GATED, weight("wg", 16, 24), weight("wu", 16, 24), weight("wd", 24, 4))
     model.opset_imports[""] = opset
     apply(model, (*annotate(), InsertQDQ()), target=CPU)
