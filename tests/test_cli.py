@@ -364,9 +364,12 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(here: Path) -> None:
     (here / "slow_pass.py").write_text(SLOW_PASS)
     before = contents(here)
     command = ["-B", "-m", "qgraph", "opt", "model.onnx", "-p", "slow_pass:Slow", "-o", "out.onnx"]
+    # Where tests run in the background, SIGINT is ignored, which a child would inherit.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, previous)
     deadline = time.monotonic() + 60
     while not (here / "running").exists() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -29,8 +29,9 @@ def lower_quantizers(model: ir.Model) -> bool:
     multiplied by the token's magnitude 0.
     """
     found = [node for node in nodes(model) if is_call(node, QUANTIZE_PER_TOKEN)]
+    known: dict[tuple[object, ...], ir.Value] = {}
     for node in found:
-        _lower(model, node)
+        _lower(model, node, known)
     return bool(found)
 
 
@@ -79,7 +80,7 @@ def _scales_tokens(node: ir.Node) -> bool:
     )
 
 
-def _lower(model: ir.Model, node: ir.Node) -> None:
+def _lower(model: ir.Model, node: ir.Node, known: dict[tuple[object, ...], ir.Value]) -> None:
     x, step, zero, floor = node.inputs
     assert x is not None
     add = partial(insert, model, node)
@@ -97,15 +98,12 @@ def _lower(model: ir.Model, node: ir.Node) -> None:
     width = dims(x)[-1] if len(dims(x)) > 1 else None  # blocks need a second axis
     if opset(model) >= BLOCKED and width is not None:
         scale = add("Mul", [largest.outputs[0], step], base=f"{base}_scale")
-        shape = add("Shape", largest.outputs, base=f"{base}_tokens")
-        zeros = add("Expand", [zero, shape.outputs[0]], base=f"{base}_zero")
+        scale.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        zeros = _zero_points(model, node, largest.outputs[0], known)
         q = add(
-            "QuantizeLinear", [x, scale.outputs[0], zeros.outputs[0]],
+            "QuantizeLinear", [x, scale.outputs[0], zeros],
             base=f"{base}_rounded", attributes={"axis": -1, "block_size": width},
         )  # fmt: skip
-        scale.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        shape.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        zeros.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
     else:
         scaled = add("Div", [x, largest.outputs[0]], base=f"{base}_scaled")
         scaled.outputs[0].type, scaled.outputs[0].shape = x.type, x.shape
@@ -118,3 +116,22 @@ def _lower(model: ir.Model, node: ir.Node) -> None:
     graph = node.graph
     assert graph is not None
     graph.remove(node, safe=True)
+
+
+def _zero_points(
+    model: ir.Model, node: ir.Node, largest: ir.Value, known: dict[tuple[object, ...], ir.Value]
+) -> ir.Value:
+    """The zero point once for each token, made once for all that have the same tokens."""
+    x, zero = node.inputs[0], node.inputs[2]
+    assert x is not None
+    tokens = list(x.shape or ())[:-1]
+    named = all(isinstance(d, int) or d.value is not None for d in tokens)
+    key = (id(node.graph), zero, *map(str, tokens)) if named else (largest,)
+    if key not in known:
+        base = f"{largest.name}_tokens"
+        shape = insert(model, node, "Shape", [largest], base=base)
+        shape.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        zeros = insert(model, node, "Expand", [zero, shape.outputs[0]], base=f"{base}_zero")
+        zeros.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+        known[key] = zeros.outputs[0]
+    return known[key]
