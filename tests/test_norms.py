@@ -242,7 +242,13 @@ def test_the_measured_table_decides(
 ) -> None:
     from qgraph.context import Context
 
-    monkeypatch.setattr(CpuTarget, "_speedup", lambda *_: speedup)
+    from qgraph.backends import cpu
+
+    class FakeTable:
+        def speedup(self, case: object) -> float:
+            return speedup
+
+    monkeypatch.setattr(cpu, "host_table", FakeTable)
     target = CpuTarget()
     model = build(LAYER_NORM, *NORM)
     assert target.legalize(model, Context(target)) == parted
