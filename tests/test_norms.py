@@ -240,9 +240,8 @@ def test_half_precision_rms_is_left_alone() -> None:
 def test_the_measured_table_decides(
     speedup: float, parted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qgraph.context import Context
-
     from qgraph.backends import cpu
+    from qgraph.context import Context
 
     class FakeTable:
         def speedup(self, case: object) -> float:
