@@ -10,12 +10,9 @@ runs. The models stay in `demo-out/`.
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from rich.console import Console
 
 import qgraph
 from benchmarks import tasks, zoo
+from benchmarks.variants import quiet
 from qgraph.bench import benchmark
 from qgraph.inspection import row, table
 from qgraph.progress import display
@@ -52,7 +50,7 @@ def main() -> None:
     for name, quantize in {"static": ort_static, "dynamic": ort_dynamic}.items():
         path = OUT / f"ort-{name}.onnx"
         try:
-            with _quiet():
+            with quiet():
                 quantize(model, path, texts)
             paths[f"onnxruntime {name}"] = path
         except Exception as error:
@@ -120,18 +118,6 @@ def _prepared(model: Path) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log messages and warnings of onnxruntime's quantizers."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

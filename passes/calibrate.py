@@ -247,7 +247,7 @@ def _fold(
                     "check the data, and that the float model is sound on it"
                 )
             if "power" in parts:
-                new = replace(new, token_power=_histogram(parts["power"]))
+                new = replace(new, token_power=BitHistogram.of(parts["power"]))
             if "mean" in parts:
                 new = replace(new, channel_mean=parts["mean"].astype(np.float64))
             if "channel_low" in parts:
@@ -260,12 +260,6 @@ def _fold(
             histogram = stats[value].histogram
             assert histogram is not None
             histogram.add(parts["raw"])
-
-
-def _histogram(x: np.ndarray) -> BitHistogram:
-    histogram = BitHistogram()
-    histogram.add(x)
-    return histogram
 
 
 def _cache_file(probe: ir.Model, context: Context) -> Path | None:

@@ -25,10 +25,10 @@ from qgraph.graph import is_op, node_name
 from qgraph.numerics import scale_zero_point
 from qgraph.observers import Stats, find_range, token_sqnr_db
 from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import PerToken, QuantSpec
+from qgraph.passes.annotate import PER_TOKEN
+from qgraph.spec import QuantSpec
 
 _UNREACHED = "calibration data never reached it"
-PER_TOKEN = QuantSpec(ir.DataType.UINT8, PerToken(), symmetric=True, observer="dynamic")
 
 
 @dataclass(frozen=True)

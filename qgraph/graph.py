@@ -79,11 +79,6 @@ def scope(node: ir.Node) -> ir.Graph:
     return graph
 
 
-def main_graph(graph: ir.Graph | ir.Function, model: ir.Model) -> ir.Graph:
-    """Where initializers for nodes of `graph` may live: subgraphs see the main graph's names."""
-    return model.graph
-
-
 def fresh_name(model: ir.Model, base: str) -> str:
     """A value name that no value of the main graph or its subgraphs has."""
     taken: set[str] | None = model.meta.get("qgraph.names")
@@ -96,12 +91,17 @@ def fresh_name(model: ir.Model, base: str) -> str:
                 taken |= set(graph.initializers)
             taken |= {v.name for n in graph for v in n.outputs if v.name}
         model.meta["qgraph.names"] = taken
-    name, count = base, 0
-    while name in taken:
+    return numbered(base, taken)
+
+
+def numbered(name: str, taken: set[str]) -> str:
+    """`name`, with a number behind it if it is among `taken`; then it is among them."""
+    candidate, count = name, 0
+    while candidate in taken:
         count += 1
-        name = f"{base}_{count}"
-    taken.add(name)
-    return name
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate
 
 
 def add_constant(

@@ -38,6 +38,13 @@ class BitHistogram:
     def __init__(self, counts: Counts | None = None) -> None:
         self.counts: Counts = np.zeros(_BINS, np.int64) if counts is None else counts
 
+    @classmethod
+    def of(cls, x: NDArray[np.generic]) -> BitHistogram:
+        """The histogram of one array."""
+        histogram = cls()
+        histogram.add(x)
+        return histogram
+
     def add(self, x: NDArray[np.generic]) -> None:
         """Count the elements of `x`, of any shape, layout and real dtype."""
         with np.errstate(over="ignore"):

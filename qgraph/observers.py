@@ -78,9 +78,9 @@ class Stats:
         channel_low = channel_high = channel_mean = histogram = token_power = None
         with np.errstate(invalid="ignore", over="ignore"):
             if wanted.histogram:
-                histogram = _histogram(wide)
+                histogram = BitHistogram.of(wide)
             if wanted.token_power:
-                token_power = _histogram(np.square(wide, dtype=np.float64).mean(axis=-1))
+                token_power = BitHistogram.of(np.square(wide, dtype=np.float64).mean(axis=-1))
             if wanted.channel_mean_axis is not None:
                 others = _others(wide.ndim, wanted.channel_mean_axis)
                 channel_mean = wide.mean(axis=others, dtype=np.float64)
@@ -155,12 +155,6 @@ class Stats:
 
 _CHANNEL_FIELDS = ("channel_low", "channel_high", "channel_mean")
 _HISTOGRAM_FIELDS = ("histogram", "token_power")
-
-
-def _histogram(x: NDArray[np.generic]) -> BitHistogram:
-    histogram = BitHistogram()
-    histogram.add(x)
-    return histogram
 
 
 def _others(rank: int, axis: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import ModelError
-from qgraph.graph import graphs, nodes
+from qgraph.graph import graphs, nodes, numbered
 from qgraph.text import layer
 
 if TYPE_CHECKING:
@@ -246,11 +246,11 @@ def _name_values(model: ir.Model, exported: torch.export.ExportedProgram | None)
     wanted = [*zip(model.graph.inputs, inputs, strict=False)]
     wanted += [*zip(model.graph.outputs, outputs, strict=False)]
     chosen = {id(value) for value, _ in wanted}
-    others = {value.name for value in _values(model) if id(value) not in chosen}
+    others = {v.name for v in _values(model) if v.name and id(v) not in chosen}
     for value, _ in wanted:
         value.name = None
     for value, name in wanted:
-        value.name = _unique(name, others)
+        value.name = numbered(name, others)
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
@@ -285,17 +285,7 @@ def _leaf_names(structure: Any, path: str) -> dict[int, str]:
 
 def _name_nodes(model: ir.Model) -> None:
     """Name every node by the module it comes from and its operator."""
-    taken: set[str | None] = set()
+    taken: set[str] = set()
     for node in nodes(model):
         path = layer(node)
-        node.name = _unique(f"{path}/{node.op_type}" if path else node.op_type, taken)
-
-
-def _unique(name: str, taken: set[str | None]) -> str:
-    """`name`, numbered if it is taken; then it is taken."""
-    candidate, count = name, 0
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate
+        node.name = numbered(f"{path}/{node.op_type}" if path else node.op_type, taken)
