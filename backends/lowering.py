@@ -1,4 +1,4 @@
-"""Lowerings of dynamic products and quantized tables, shared by the backends that run ONNX."""
+"""Lowerings of dynamic products, shared by the backends that run ONNX."""
 
 from __future__ import annotations
 
@@ -65,22 +65,48 @@ def lower_products(model: ir.Model, dialect: Dialect) -> bool:
 def _match(node: ir.Node) -> _Product | None:
     if not is_op(node, "MatMul", "Gemm") or len(node.inputs) < 2:
         return None
-    data, weight = (v.producer() if v is not None else None for v in node.inputs[:2])
+    data = dynamic_data(node)
+    weight = node.inputs[1].producer() if node.inputs[1] is not None else None
     if data is None or weight is None or not is_op(weight, "DequantizeLinear"):
         return None
-    q = array(weight.inputs[0])
-    if q is None or q.dtype != np.int8 or q.ndim != 2 or attribute(node, "transA", 0):
+    trans_b, q = attribute(node, "transB", 0), weight.inputs[0]
+    if q is None or q.dtype != ir.DataType.INT8 or len(dims(q)) != 2 or not _folds(q):
         return None
-    if _symmetric_scale(weight, 0 if attribute(node, "transB", 0) else 1) is None:
+    if attribute(node, "transA", 0):
         return None
-    source = data.inputs[0].producer() if data.inputs[0] is not None else None
-    per_run = is_op(data, "DequantizeLinear") and is_op(source, "DynamicQuantizeLinear")
-    if not (per_run or is_call(data, DEQUANTIZE_PER_TOKEN)):
+    if symmetric_scale(weight, 0 if trans_b else 1) is None:
         return None
     return _Product(node, data, weight)
 
 
-def _symmetric_scale(dq: ir.Node, axis: int) -> np.ndarray | None:
+def dynamic_data(node: ir.Node) -> ir.Node | None:
+    """The node that dequantizes the data of a product, if its scales are found at run time."""
+    data = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if data is None or is_call(data, DEQUANTIZE_PER_TOKEN):
+        return data
+    source = data.inputs[0].producer() if data.inputs and data.inputs[0] is not None else None
+    per_run = is_op(data, "DequantizeLinear") and is_op(source, "DynamicQuantizeLinear")
+    return data if per_run else None
+
+
+def _folds(value: ir.Value | None) -> bool:
+    """Whether `value` is a constant, or made of constants alone: runtimes fold it on loading."""
+    node = value.producer() if value is not None else None
+    if node is not None and is_op(node, "Cast", "Gather", "Mul", "Transpose"):
+        return all(map(_folds, node.inputs))
+    return constant(value) is not None
+
+
+def stored(value: ir.Value | None) -> ir.Value | None:
+    """The matrix that `value` is, or is the transpose of: what the model holds."""
+    node = value.producer() if value is not None else None
+    if node is None or not is_op(node, "Transpose") or len(dims(value)) != 2:
+        return value
+    perm = node.attributes.get("perm")
+    return node.inputs[0] if perm is None or list(perm.as_ints()) == [1, 0] else value
+
+
+def symmetric_scale(dq: ir.Node, axis: int) -> np.ndarray | None:
     """The float32 scale of a DequantizeLinear without zero point, one or for each index of `axis`.
 
     Integer kernels know nothing else; a model can bring other quantization along.
@@ -116,7 +142,7 @@ def _lower_product(model: ir.Model, product: _Product, dialect: Dialect) -> None
         made.outputs[0].shape = node.outputs[0].shape
         return made.outputs[0]
 
-    q, bias = product.data.inputs[0], _bias(model, node, op)
+    q, bias = product.data.inputs[0], gemm_bias(model, node)
     if per_token:
         a_scale, a_zero = product.data.inputs[2:4]
     if dialect == "onnxruntime" and per_token:
@@ -153,8 +179,11 @@ def _weight(model: ir.Model, product: _Product) -> tuple[ir.Value, ir.Value]:
         return value, scale
     if attribute(product.node, "transB", 0):
         q = array(value)
-        assert q is not None
-        value = add_constant(model, f"{value.name}_T", np.ascontiguousarray(q.T))
+        if q is not None:
+            value = add_constant(model, f"{value.name}_T", np.ascontiguousarray(q.T))
+        else:
+            turn = insert(model, product.node, "Transpose", [value], base=f"{value.name}_T")
+            turn.outputs[0].type, value = value.type, turn.outputs[0]
     alpha, scales = attribute(product.node, "alpha", 1.0), array(scale)
     if alpha != 1.0 and scales is not None:
         scale = add_constant(
@@ -163,67 +192,17 @@ def _weight(model: ir.Model, product: _Product) -> tuple[ir.Value, ir.Value]:
     return value, scale
 
 
-def _bias(model: ir.Model, node: ir.Node, op: object) -> ir.Value | None:
+def gemm_bias(model: ir.Model, node: ir.Node) -> ir.Value | None:
     """Gemm's third input times beta, or None."""
     if not is_op(node, "Gemm") or len(node.inputs) < 3 or node.inputs[2] is None:
         return None
-    beta = attribute(node, "beta", 1.0)
+    bias, beta = node.inputs[2], attribute(node, "beta", 1.0)
     if beta == 1.0:
-        return node.inputs[2]
+        return bias
     factor = add_constant(model, f"{node.name}_beta", np.float32(beta))
-    made: ir.Value = op("Mul", node.inputs[2], factor)  # type: ignore[operator]
-    made.shape = node.inputs[2].shape
+    made = insert(model, node, "Mul", [bias, factor], base=f"{node.name}_bias").outputs[0]
+    made.type, made.shape = bias.type, bias.shape
     return made
-
-
-def lower_tables(model: ir.Model) -> bool:
-    """Gather of a dequantized table: gather integers and their rows' scales, then multiply.
-
-    ::
-
-        W:int8 ── DQ(axis 0) ── Gather ── y      W:int8 ── Gather ── Cast ── Mul ── y
-                          ids ──┘                scale ─── Gather ───────────┘
-    """
-    changed = False
-    for node in nodes(model):
-        dq = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-        if not is_op(node, "Gather") or dq is None or not is_op(dq, "DequantizeLinear"):
-            continue
-        table, scales = array(dq.inputs[0]), _symmetric_scale(dq, 0)
-        if table is None or scales is None or attribute(node, "axis", 0) % table.ndim != 0:
-            continue
-        if scales.shape != table.shape[:1]:
-            continue
-        _lower_table(model, node, dq, scales.reshape(-1, *[1] * (table.ndim - 1)))
-        changed = True
-    return changed
-
-
-def _lower_table(model: ir.Model, node: ir.Node, dq: ir.Node, scales: np.ndarray) -> None:
-    assert dq.inputs[0] is not None
-    assert dq.inputs[1] is not None
-    base = node.outputs[0].name or "table"
-    column = add_constant(model, f"{dq.inputs[1].name}_rows", scales)
-    rows = insert(model, node, "Gather", [dq.inputs[0], node.inputs[1]], base=f"{base}_q")
-    scale = insert(model, node, "Gather", [column, node.inputs[1]], base=f"{base}_scale")
-    wide = insert(
-        model,
-        node,
-        "Cast",
-        rows.outputs,
-        base=f"{base}_cast",
-        attributes={"to": int(ir.DataType.FLOAT)},
-    )
-    y = insert(model, node, "Mul", [wide.outputs[0], scale.outputs[0]], base=f"{base}_mul")
-    rows.outputs[0].type = ir.TensorType(dq.inputs[0].dtype or ir.DataType.INT8)
-    for made in (scale, wide, y):
-        made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    y.outputs[0].shape = node.outputs[0].shape
-    redirect(node.outputs[0], y.outputs[0])
-    y.name = node.name
-    graph = node.graph
-    assert graph is not None
-    graph.remove(node, safe=True)
 
 
 def shield_float(model: ir.Model) -> bool:

@@ -8,10 +8,12 @@ import onnx_ir as ir
 
 from qgraph.analysis import Site
 from qgraph.annotation import MOVES
-from qgraph.backends.lowering import inline_functions, lower_products, lower_tables, shield_float
+from qgraph.backends.blocks import fold_block_scales
+from qgraph.backends.lowering import inline_functions, lower_products, shield_float
+from qgraph.backends.tables import lower_tables
 from qgraph.context import Context
 from qgraph.graph import is_op
-from qgraph.spec import QuantSpec
+from qgraph.spec import PerBlock, PerTensor, QuantSpec
 from qgraph.target import Verdict
 
 GLUE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", *MOVES)
@@ -28,14 +30,21 @@ class OnnxTarget:
     name: str = "onnx"
     saturates: bool = True
     """The result may meet an x86 CPU whose u8·s8 products saturate."""
+    block_limit: int = 1 << 20
+    """Blocks are dequantized to float: their scales may be as fine as they like."""
     measured: bool = False
 
     def supports(
         self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
     ) -> Verdict:
         dynamic = activation is not None and activation.observer == "dynamic"
+        per_run = activation is not None and isinstance(activation.granularity, PerTensor)
         if dynamic and site.kind in ("conv", "conv_transpose"):
             return Verdict(False, "standard ONNX has no dynamic convolution with signed weights")
+        if activation is not None and isinstance(activation.granularity, PerBlock):
+            return Verdict(False, "no standard operator multiplies activations in blocks")
+        if per_run and isinstance(weight.granularity, PerBlock):
+            return Verdict(False, "onnxruntime takes scales of blocks for those of columns here")
         if site.kind in ("rnn", "activations"):
             return Verdict(False, f"standard ONNX has no quantized {site.node.op_type}")
         return Verdict(True, "standard operators express it")
@@ -44,7 +53,8 @@ class OnnxTarget:
         return is_op(node, *GLUE)
 
     def legalize(self, model: ir.Model, context: Context) -> bool:
-        changed = lower_tables(model)
+        changed = fold_block_scales(model)
+        changed |= lower_tables(model)
         changed |= lower_products(model, "standard")
         changed |= shield_float(model)
         return inline_functions(model) or changed

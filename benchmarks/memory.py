@@ -1,21 +1,24 @@
-"""What compiling takes: peak memory of real command lines, and the time calibration adds.
+"""What compiling takes: peak memory of real command lines, and their time.
 
-    python -m benchmarks.memory [--only calibration synthetic] [--json FILE] [--markdown]
+    python -m benchmarks.memory [--only calibration recipes synthetic] [--json FILE] [--markdown]
+                                [--recipes dynamic "static bits=4" ...]
 
 SmolLM2 is compiled by `qgraph compile -r static` with few and with many calibration samples: memory
-must not grow with their number. A model larger than most machines would like is quantized by
-`-r dynamic`. Each command runs in a process of its own, whose peak includes the pages of
-memory-mapped weights.
+must not grow with their number. Each recipe is measured on it against the time that onnxruntime
+takes for the calibration samples in float. A model larger than most machines would like is
+quantized by `-r dynamic`. Each command runs in a process of its own, whose peak includes the pages
+of memory-mapped weights.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,14 @@ from onnx import TensorProto, helper
 
 SAMPLES, LENGTH = (8, 64), 256
 LAYERS, WIDTH = 40, 4096
+RECIPES = ("static", "dynamic")
+"""Each with its parameters, as in "static bits=4"."""
 
 _COMMAND = "import sys; from benchmarks.memory import command; command(sys.argv[1:])"
 _TIMINGS = "import sys; from benchmarks.memory import timings; timings(*sys.argv[1:])"
+_FLOAT = (
+    "import sys; from benchmarks.memory import float_seconds; print(float_seconds(*sys.argv[1:]))"
+)
 
 
 def peak_rss() -> int:
@@ -41,21 +49,28 @@ def peak_rss() -> int:
 
 
 def command(arguments: list[str]) -> None:
-    """Run the command `qgraph` in this process, then print its peak as the last line."""
+    """Run the command `qgraph` in this process, then print its peak and seconds as last line."""
     from qgraph.cli import main
 
+    began = time.perf_counter()
     status = main(arguments)
-    print(peak_rss())
+    print(peak_rss(), time.perf_counter() - began)
     sys.exit(status)
 
 
-def peak_of(*arguments: str | Path) -> int:
-    """The peak in bytes of `qgraph` with these arguments, in a fresh process.
+def cost_of(*arguments: str | Path) -> tuple[int, float]:
+    """The peak in bytes and the seconds of `qgraph` with these arguments, in a fresh process.
 
     Raises:
         RuntimeError: the command failed; the message holds what it said.
     """
-    return int(_child(_COMMAND, *arguments).split()[-1])
+    peak, seconds = _child(_COMMAND, *arguments).split()[-2:]
+    return int(peak), float(seconds)
+
+
+def peak_of(*arguments: str | Path) -> int:
+    """The peak of :func:`cost_of`."""
+    return cost_of(*arguments)[0]
 
 
 def _child(code: str, *arguments: str | Path) -> str:
@@ -83,8 +98,6 @@ def timings(model: str, data: str) -> None:
 
     The float model runs before and after, and the faster of these counts.
     """
-    import onnxruntime
-
     import qgraph
     from qgraph.backends import get_target
     from qgraph.feeds import open_calibration
@@ -92,20 +105,27 @@ def timings(model: str, data: str) -> None:
 
     source = qgraph.load(model)
     feeds = open_calibration(data, source)
-    file = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-
-    def run() -> float:
-        began = time.perf_counter()
-        for feed in feeds:
-            session.run(None, dict(feed))
-        return time.perf_counter() - began
-
     manager = qgraph.PassManager(get_recipe("static", {}).passes)
-    before = run()
+    before = float_seconds(model, data)
     manager.run(source, qgraph.Context(get_target("cpu"), feeds))
     found = {timing.name: timing.seconds for timing in manager.timings}
-    print(json.dumps({"passes": found, "float": min(before, run())}))
+    print(json.dumps({"passes": found, "float": min(before, float_seconds(model, data))}))
+
+
+def float_seconds(model: str, data: str) -> float:
+    """The seconds that onnxruntime takes for a folder of feeds, once it has loaded the model."""
+    import onnxruntime
+
+    import qgraph
+    from qgraph.feeds import open_calibration
+
+    feeds = open_calibration(data, qgraph.load(model))
+    file = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    began = time.perf_counter()
+    for feed in feeds:
+        session.run(None, dict(feed))
+    return time.perf_counter() - began
 
 
 def calibration(scratch: Path) -> Iterator[tuple[str, float, float, str]]:
@@ -130,6 +150,30 @@ def calibration(scratch: Path) -> Iterator[tuple[str, float, float, str]]:
         if seconds > 1:
             bar = 2.5 if name == "calibrate" else float("nan")
             yield f"pass {name}, over float on the same samples", seconds / found["float"], bar, "x"
+
+
+def recipes(
+    scratch: Path, chosen: Sequence[str] = RECIPES
+) -> Iterator[tuple[str, float, float, str]]:
+    """Rows of the table for each recipe on SmolLM2: what, measured, bar, unit.
+
+    The float model runs before and after each command, and the faster of these counts.
+    """
+    from benchmarks import tasks, zoo
+
+    model = zoo.smollm2_genai()
+    size = sum(file.stat().st_size for file in model.glob("model.onnx*"))
+    data = write_feeds(tasks.smollm2_calibration(model), scratch / "data")
+    before = float(_child(_FLOAT, model, data))
+    for recipe in chosen:
+        name, *settings = recipe.split()
+        parameters = [word for setting in settings for word in ("--set", setting)]
+        out = scratch / recipe.replace(" ", "-")
+        peak, seconds = cost_of("compile", model, "-o", out, "-r", name, "-c", data, *parameters)
+        after = float(_child(_FLOAT, model, data))
+        yield f"{recipe}: peak over the model's size", peak / size, 3.0, "x"
+        yield f"{recipe}: time over float on the samples", seconds / min(before, after), 4.0, "x"
+        before = after
 
 
 # ------------------------------------------------------------------------ a model larger than RAM
@@ -181,10 +225,12 @@ def main() -> None:
     """Measure and print."""
     from benchmarks.tables import Cell, Report, parser
 
-    parts = {"calibration": calibration, "synthetic": synthetic}
+    parts = {"calibration": calibration, "recipes": recipes, "synthetic": synthetic}
     made = parser(__doc__)
     made.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    made.add_argument("--recipes", nargs="+", default=RECIPES, metavar='"NAME KEY=VALUE"')
     arguments = made.parse_args()
+    parts["recipes"] = functools.partial(recipes, chosen=arguments.recipes)
     styles = dict.fromkeys(("measured", "at most"), ".2f")
     report = Report("Memory and time", ("what", "measured", "at most", "unit", "holds"), styles)
     for name in arguments.only:

@@ -14,15 +14,34 @@ def sqnr_db(reference: Array, other: Array) -> float:
     return float("inf") if noise == 0 else float(10 * np.log10(signal / noise))
 
 
+def accuracy(logits: Array, targets: Array) -> float:
+    """The share of rows whose largest entry is at the target."""
+    return float(np.mean(logits.argmax(-1) == targets))
+
+
 def agreement(reference: Array, other: Array) -> float:
     """The share of rows whose largest entry is at the same place."""
-    return float(np.mean(reference.argmax(-1) == other.argmax(-1)))
+    return accuracy(reference, other.argmax(-1))
 
 
 def mean_cosine(reference: Array, other: Array) -> float:
     """The mean cosine between rows."""
     norms = np.linalg.norm(reference, axis=-1) * np.linalg.norm(other, axis=-1)
     return float(np.mean((reference * other).sum(-1) / norms))
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Minus the logarithm of what each row of logits gives to its target, in nats."""
+    logits = logits.astype(np.float32)
+    shifted = logits - logits.max(-1, keepdims=True)
+    of_targets = np.take_along_axis(shifted, targets[:, None], 1)[:, 0]
+    entropy: Array = np.log(np.exp(shifted).sum(-1)) - of_targets
+    return entropy
+
+
+def common_beginning(a: Array, b: Array) -> int:
+    """How many entries are the same before the first that differs."""
+    return int(np.logical_and.accumulate(a == b).sum())
 
 
 def roc_auc(scores: Array, labels: Array) -> float:

@@ -9,16 +9,14 @@ threads. A language model also generates: tokens a second by onnxruntime-genai a
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from benchmarks import tasks
+from benchmarks import generation, tasks
 from benchmarks.subjects import Subject, chosen
 from benchmarks.tables import Cell, Report, cores, parser
 from benchmarks.variants import VARIANTS, Variant, make
@@ -72,25 +70,13 @@ def sessions(feeds: list[tasks.Feed], variants: list[Variant], threads: int) -> 
 
 def generators(variants: list[Variant], threads: int) -> list[Call]:
     """Calls that take a prompt, not timed, and generate tokens: seconds a token."""
-    import onnxruntime_genai as genai
+    prompt = tasks.smollm2_chunks("eval", n=1, length=PROMPT)[0]
 
-    prompt = tasks.smollm2_chunks("eval", n=1, length=PROMPT)[0].astype(np.int32)
-    options = json.dumps(
-        {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-    )
+    def generate(path: Path) -> Call:
+        model = generation.load(path, threads)
 
-    def load(path: Path) -> Any:
-        config = genai.Config(str(path))
-        config.overlay(options)
-        return genai.Model(config)
-
-    def generate(model: Any) -> Call:
         def call(_: int) -> float:
-            params = genai.GeneratorParams(model)
-            length = PROMPT + GENERATED + 1
-            params.set_search_options(max_length=length, min_length=length, do_sample=False)
-            generator = genai.Generator(model, params)
-            generator.append_tokens(prompt)
+            generator = generation.begin(model, prompt, GENERATED + 1)
             generator.generate_next_token()  # from the logits of the prompt
             began = time.perf_counter()
             for _ in range(GENERATED):
@@ -99,7 +85,7 @@ def generators(variants: list[Variant], threads: int) -> list[Call]:
 
         return call
 
-    return [generate(load(v.path)) for v in variants if v.path]
+    return [generate(v.path) for v in variants if v.path]
 
 
 def measure(

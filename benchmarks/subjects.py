@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import qgraph
-from benchmarks import tasks, zoo
+from benchmarks import antibodies, tasks, zoo
 from benchmarks.metrics import agreement, sqnr_db
 from benchmarks.tasks import Feed, Runner
 from benchmarks.zoo import Array
@@ -24,12 +24,12 @@ class Metric:
     Attributes:
         name: with its unit.
         measure: the number.
-        style: how to print it, a format specification.
+        relative: whether it is best told as a rise over float in per cent, as perplexities are.
     """
 
     name: str
     measure: Callable[[Runner], float]
-    style: str = ".4f"
+    relative: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Subject:
         evaluation: feeds on which outputs are compared with float.
         timed: sets of feeds to time, by name; each feed is one call.
         metric, likeness: None where nothing is known about the task.
+        second: another metric, for what the first does not tell.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Subject:
     timed: Callable[[Path], dict[str, list[Feed]]]
     metric: Metric | None = None
     likeness: Likeness | None = None
+    second: Metric | None = None
 
 
 def model_file(path: Path) -> Path:
@@ -103,8 +105,11 @@ def _traced_efficientnet(scratch: Path) -> Path:
 
 
 def _traced_minilm(scratch: Path) -> Path:
-    module, example, shapes = zoo.minilm_module()
-    return _saved(qgraph.trace(module, example, shapes), scratch / "minilm.onnx")
+    return _saved(qgraph.trace(*zoo.minilm_module()), scratch / "minilm.onnx")
+
+
+def _traced_antiberty(scratch: Path) -> Path:
+    return _saved(qgraph.trace(*zoo.antiberty_module()), scratch / "antiberty.onnx")
 
 
 def _saved(model: object, path: Path) -> Path:
@@ -119,7 +124,7 @@ def _efficientnet(name: str, build: Callable[[Path], Path]) -> Subject:
         lambda _: tasks.images_calibration(),
         lambda _: tasks.images_eval(),
         lambda _: {"1 image": tasks.images_eval()[::20]},
-        Metric("right of 138", tasks.top1, ".0f"),
+        Metric("right of 138", tasks.top1),
         Likeness("same class", tasks.top1_agreement),
     )
 
@@ -142,6 +147,18 @@ def _minilm() -> Subject:
     )
 
 
+def _antiberty() -> Subject:
+    return Subject(
+        "antiberty",
+        _traced_antiberty,
+        lambda _: antibodies.feeds("calibration"),
+        lambda _: antibodies.feeds(n=4),
+        lambda _: {"8 copies of an antibody": antibodies.feeds(n=8)},
+        Metric("amino acids right", antibodies.masked_accuracy),
+        second=Metric("their perplexity", antibodies.masked_perplexity, relative=True),
+    )
+
+
 def _ppocr() -> list[Subject]:
     return [
         Subject(
@@ -159,7 +176,7 @@ def _ppocr() -> list[Subject]:
             lambda _: tasks.ocr_feeds("rec", "calibration", 48),
             lambda _: tasks.ocr_feeds("rec", "eval")[::4],
             lambda _: {"1 line": tasks.ocr_feeds("rec", "eval", 5)},
-            Metric("characters wrong, %", lambda run: 100 * tasks.rec_cer(run), ".2f"),
+            Metric("characters wrong, %", lambda run: 100 * tasks.rec_cer(run)),
         ),
         Subject(
             "ppocr-cls",
@@ -167,7 +184,7 @@ def _ppocr() -> list[Subject]:
             lambda _: tasks.ocr_feeds("cls", "calibration", 64),
             lambda _: tasks.ocr_feeds("cls", "eval"),
             lambda _: {"1 line": tasks.ocr_feeds("cls", "eval", 4)},
-            Metric("right, %", lambda run: 100 * tasks.cls_accuracy(run), ".1f"),
+            Metric("right, %", lambda run: 100 * tasks.cls_accuracy(run)),
             same_answers(lambda: tasks.ocr_feeds("cls", "eval")),
         ),
     ]
@@ -198,30 +215,37 @@ def _magika() -> Subject:
         lambda _: tasks.magika_calibration(),
         lambda _: feeds(),
         lambda _: {"1 file": feeds()[::40]},
-        Metric("right, %", lambda run: 100 * tasks.magika_accuracy(run), ".1f"),
+        Metric("right, %", lambda run: 100 * tasks.magika_accuracy(run)),
         same_answers(feeds),
     )
 
 
-def _smollm2() -> Subject:
+def _smollm2(name: str, build: Callable[[], Path]) -> Subject:
     def chunk(path: Path, length: int) -> list[Feed]:
         shapes = tasks.input_shapes(path)
         tokens = tasks.smollm2_chunks("eval", n=1, length=length)
         return [tasks.fit({"input_ids": tokens}, shapes)]
 
+    def perplexity(text: tasks.Text) -> Metric:
+        def measure(run: Runner) -> float:
+            return tasks.perplexity(run, tasks.smollm2_chunks(text=text))
+
+        return Metric(f"perplexity, {text}", measure, relative=True)
+
     return Subject(
-        "smollm2",
-        lambda _: zoo.smollm2_genai(),
-        lambda path: tasks.smollm2_calibration(path, 16),
+        name,
+        lambda _: build(),
+        tasks.smollm2_calibration,
         lambda path: chunk(path, 256),
         lambda path: {"prompt of 512": chunk(path, 512)},
-        Metric("perplexity", lambda run: tasks.perplexity(run, tasks.smollm2_chunks()), ".3f"),
+        perplexity("handbook"),
         Likeness(
             "same next token",
             lambda reference, run: agreement(
-                *(r(chunk(zoo.smollm2_genai(), 256)[0])[0] for r in (reference, run))
+                *(r(chunk(build(), 256)[0])[0] for r in (reference, run))
             ),
         ),
+        perplexity("kjv"),
     )
 
 
@@ -254,22 +278,25 @@ def subjects() -> dict[str, Subject]:
         _silero("silero", "silero_vad.onnx"),
         _silero("silero-16k", "silero_vad_16k_op15.onnx"),
         _magika(),
-        _smollm2(),
+        _antiberty(),
+        _smollm2("smollm2", zoo.smollm2_genai),
+        _smollm2("smollm2-traced", zoo.smollm2_traced),
         *(_light(name, path) for name, path in zoo.light_models().items()),
     ]
     return {subject.name: subject for subject in listed}
 
 
 def chosen(names: Sequence[str] | None) -> list[Subject]:
-    """The subjects whose names start with one of `names`, or all of them.
+    """The subjects of these names, or whose names start so where none is just so; or all of them.
 
     Raises:
         SystemExit: a name fits none.
     """
     known = subjects()
-    if not names:
-        return list(known.values())
-    for name in names:
-        if not any(key.startswith(name) for key in known):
+    found: dict[str, Subject] = {}
+    for name in [""] if names is None else names:
+        fitting = [name] if name in known else [key for key in known if key.startswith(name)]
+        if not fitting:
             raise SystemExit(f"no model '{name}': there are {', '.join(known)}")
-    return [s for key, s in known.items() if key.startswith(tuple(names))]
+        found |= {key: known[key] for key in fitting}
+    return list(found.values())

@@ -23,7 +23,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import Tokenizer
 
 from benchmarks import zoo
-from benchmarks.metrics import agreement, edit_distance, mean_cosine, roc_auc, sqnr_db
+from benchmarks.metrics import (
+    agreement,
+    cross_entropy,
+    edit_distance,
+    mean_cosine,
+    roc_auc,
+    sqnr_db,
+)
 from benchmarks.zoo import Array
 
 if TYPE_CHECKING:
@@ -105,7 +112,7 @@ def _first_outputs(runner: Runner, feeds: Iterable[Feed]) -> Array:
     return np.concatenate([runner(feed)[0] for feed in feeds])
 
 
-def _spread(items: Sequence[T], n: int) -> list[T]:
+def spread(items: Sequence[T], n: int) -> list[T]:
     """At most ``n`` items, evenly spread."""
     n = min(n, len(items))
     return [items[i * len(items) // n] for i in range(n)]
@@ -160,7 +167,7 @@ def images_calibration(n: int = 64) -> list[Feed]:
     """Other stamps than the labelled ones, every second one mirrored and cropped."""
     paths = sorted(_stamps().rglob("*.png"))
     others = [path for path in paths if str(path.relative_to(_stamps())) not in _labels()]
-    images = [_on_white(path) for path in _spread(others, n)]
+    images = [_on_white(path) for path in spread(others, n)]
     changed = [
         ImageOps.mirror(image).crop((16, 16, 208, 208)).resize((224, 224)) for image in images
     ]
@@ -191,7 +198,7 @@ def minilm_feeds(split: Split = "eval", n: int = 128, batch: int = 8) -> list[Fe
     tokenizer.enable_truncation(128)
     sentences = zoo.lee_sentences()
     half = len(sentences) // 2
-    chosen = _spread(sentences[:half] if split == "eval" else sentences[half:], n)
+    chosen = spread(sentences[:half] if split == "eval" else sentences[half:], n)
     feeds = []
     for start in range(0, len(chosen), batch):
         tokenizer.enable_padding()
@@ -227,7 +234,7 @@ def text_lines(split: Split, n: int = 95) -> list[str]:
     texts = [" ".join(s.split()) for s in zoo.lee_sentences() if s.isascii()]
     sentences = [text[:32].rsplit(" ", 1)[0] for text in texts if len(text) > 40]
     half = len(sentences) // 2
-    return _spread(sentences[:half] if split == "eval" else sentences[half:], n)
+    return spread(sentences[:half] if split == "eval" else sentences[half:], n)
 
 
 def render(lines: Sequence[str], font: int, size: int = 32) -> Image.Image:
@@ -333,7 +340,7 @@ def speech(split: Split, prompts: int = 40) -> tuple[Array, Array]:
     """
     sounds = sorted(zoo.debian_package("asterisk-core-sounds-en-wav").rglob("*.wav"))
     spoken = [path for path in sounds if "silence" not in path.parts and "tt-" not in path.name]
-    chosen = _spread([path for path in spoken if path.stat().st_size > 16_000], 2 * prompts)
+    chosen = spread([path for path in spoken if path.stat().st_size > 16_000], 2 * prompts)
     random = np.random.default_rng(["eval", "calibration"].index(split))
     audio: list[Array] = []
     labels: list[Array] = []
@@ -373,7 +380,7 @@ def silero_calibration(path: Path, n: int = 256) -> list[Feed]:
     audio, _ = speech("calibration")
     feeds = [feed for feed, _ in silero_feeds(session(path), audio)]
     shapes = input_shapes(path)
-    return [fit(feed, shapes) for feed in _spread(feeds, n)]
+    return [fit(feed, shapes) for feed in spread(feeds, n)]
 
 
 # ------------------------------------------------------------------------- file types: Magika
@@ -411,7 +418,7 @@ def magika_files(split: Split, per_type: int = 20) -> tuple[tuple[Feed, str], ..
     found: list[tuple[Feed, str]] = []
     for suffix, label in _FILE_TYPES.items():
         of_type = [path for path in paths if path.suffix == suffix]
-        half = _spread(of_type, 2 * per_type)[0 if split == "eval" else 1 :: 2]
+        half = spread(of_type, 2 * per_type)[0 if split == "eval" else 1 :: 2]
         for path in half:
             features = _magika_features(path.read_bytes())
             if features is not None:
@@ -429,7 +436,7 @@ def magika_accuracy(runner: Runner) -> float:
 
 def magika_calibration(n: int = 128) -> list[Feed]:
     """Other files of the same types."""
-    return [feed for feed, _ in _spread(magika_files("calibration"), n)]
+    return [feed for feed, _ in spread(magika_files("calibration"), n)]
 
 
 # ------------------------------------------------------------------------- language: SmolLM2
@@ -470,15 +477,13 @@ def perplexity(runner: Runner, chunks: Array) -> float:
     """Perplexity of the first output's logits; every chunk starts without context."""
     losses = []
     for chunk in chunks:
-        logits = runner({"input_ids": chunk[None]})[0][0, :-1].astype(np.float32)
-        peak = logits.max(-1)
-        total = np.log(np.exp(logits - peak[:, None]).sum(-1)) + peak
-        losses.append(total - np.take_along_axis(logits, chunk[1:, None], 1)[:, 0])
+        logits = runner({"input_ids": chunk[None]})[0][0]
+        losses.append(cross_entropy(logits[:-1], chunk[1:]))
     return float(np.exp(np.mean(losses)))
 
 
 def smollm2_calibration(
-    path: Path, n: int = 8, length: int = 256, text: Text = "handbook"
+    path: Path, n: int = 16, length: int = 512, text: Text = "handbook"
 ) -> list[Feed]:
     """Chunks of a text's second half, with every input that the model at ``path`` takes."""
     shapes = input_shapes(path)

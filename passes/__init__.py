@@ -10,6 +10,7 @@ from qgraph.passes.bias_correction import BiasCorrection
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.convert_opset import ConvertOpset
+from qgraph.passes.distill import Distill
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
 from qgraph.passes.fold_constants import FoldConstants
@@ -19,6 +20,8 @@ from qgraph.passes.guard_static import GuardStatic
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.lower import Lower
+from qgraph.passes.smooth import Smooth
+from qgraph.passes.split_outliers import SplitOutliers
 
 ALL: tuple[type[Pass], ...] = (
     Annotate,
@@ -27,6 +30,7 @@ ALL: tuple[type[Pass], ...] = (
     Calibrate,
     Canonicalize,
     ConvertOpset,
+    Distill,
     Equalize,
     FoldBatchNorm,
     FoldConstants,
@@ -36,5 +40,7 @@ ALL: tuple[type[Pass], ...] = (
     InsertObservers,
     InsertQDQ,
     Lower,
+    Smooth,
+    SplitOutliers,
 )
 """Every pass of qgraph, in alphabetical order. Add yours here: pipelines find it by its `name`."""

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
 
 from qgraph.analysis import FLOATS, Site, SiteKind, nested, site_of, sites
-from qgraph.annotation import IN, SPEC, commit_to, describe, output_value, retract, static_spec
+from qgraph.annotation import (
+    IN,
+    SPEC,
+    commit_to,
+    describe,
+    output_value,
+    retract,
+    static_spec,
+    words,
+)
 from qgraph.context import Context
 from qgraph.errors import PipelineError
-from qgraph.graph import array, constant, dims, is_op, node_name, nodes, release
+from qgraph.graph import array, constant, dims, is_op, node_name, nodes, opset, release
 from qgraph.islands import Cost, settle, size
 from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import PerAxis, PerTensor, PerToken, QuantSpec, RangeMethod
+from qgraph.spec import PerAxis, PerBlock, PerTensor, PerToken, QuantSpec, RangeMethod
+from qgraph.target import Verdict
 
 PER_TOKEN = QuantSpec(ir.DataType.UINT8, PerToken(), symmetric=True, observer="dynamic")
 PER_RUN = QuantSpec(ir.DataType.UINT8, PerTensor(), symmetric=False, observer="dynamic")
@@ -35,11 +47,13 @@ class Rule:
 
     Attributes:
         kinds: kinds of site.
-        weight: how to quantize the weight (`PerAxis` means the site's own output-channel axis), or
-            None to keep the site float.
+        weight: how to quantize the weight (`PerAxis` means the site's own output-channel axis,
+            `PerBlock` its other one), or None to keep the site float. Weights that cannot be in
+            blocks or 4-bit integers get 8 bits and a scale for each channel.
         activations: how to quantize the data, best first: the first that the target runs faster
             than float is taken. Empty: only the weight is quantized.
         layers: glob on the site's name.
+        where: which of these sites, by what surrounds them (:func:`qgraph.mlp.in_mlp`); None: all.
         why: reason given for a site kept float.
     """
 
@@ -47,11 +61,13 @@ class Rule:
     weight: QuantSpec | None
     activations: tuple[QuantSpec, ...] = ()
     layers: str = "*"
+    where: Callable[[Site], bool] | None = None
     why: str = "kept float by a rule of the recipe"
 
     def fits(self, site: Site) -> bool:
         """Whether this rule speaks about `site`."""
-        return site.kind in self.kinds and fnmatchcase(site.name, self.layers)
+        named = site.kind in self.kinds and fnmatchcase(site.name, self.layers)
+        return named and (self.where is None or self.where(site))
 
 
 def dynamic_rules(weight: QuantSpec = WEIGHT) -> tuple[Rule, ...]:
@@ -86,6 +102,8 @@ _RECURRENT = (
     "recurrent: errors of its weights add up over time steps, and the target has no faster kernel"
 )
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+SMALL_INTEGERS = 21
+"""Opset from which on DequantizeLinear takes blocks and 4-bit integers."""
 SMALL_TABLE = 1 << 16
 """A lookup table of fewer bytes is not worth quantizing."""
 
@@ -149,7 +167,7 @@ class Annotate(Pass):
         at_run_time = self.rules + dynamic_rules(self.weight)
         for site in sites(model):
             static = self.scheme == "static" and not nested(model, site.node)
-            self._annotate(site, fixed if static else at_run_time, context)
+            self._annotate(site, fixed if static else at_run_time, opset(model), context)
         for node in nodes(model):
             if is_op(node, *_PRODUCTS) and site_of(node) is None:
                 why = "its weight is computed or not floating-point"
@@ -162,25 +180,31 @@ class Annotate(Pass):
             _drop_lonely_glue(model)
         return False
 
-    def _annotate(self, site: Site, rules: tuple[Rule, ...], context: Context) -> None:
+    def _annotate(
+        self, site: Site, rules: tuple[Rule, ...], version: int, context: Context
+    ) -> None:
         rule = next((r for r in rules if r.fits(site)), None)
         op = site.node.op_type
         if rule is None or rule.weight is None:
             why = rule.why if rule else "no rule of the recipe covers it"
             context.remark("float", self.name, site.name, op, why)
             return
-        weight = rule.weight
-        if isinstance(weight.granularity, PerAxis):
-            weight = weight.with_(granularity=PerAxis(site.axis))
         if reason := _unfit(site):
             context.remark("float", self.name, site.name, op, reason)
             return
-        reasons = []
-        for activation in rule.activations or (None,):
-            verdict = context.target.supports(site, activation, weight, context)
-            reasons.append(verdict.reason)
+        reasons: dict[QuantSpec, str] = {}
+        for weight, activation in product(_own(rule.weight, site), rule.activations or (None,)):
+            if lacking := _unwritable(weight, activation, site, version):
+                verdict = Verdict(False, lacking)
+            else:
+                verdict = context.target.supports(site, activation, weight, context)
             if not verdict.ok:
+                reasons.setdefault(weight, verdict.reason)
                 continue
+            wanted, why = next(iter(reasons.items()), (weight, ""))
+            if wanted != weight:
+                message = f"weights are not {words(wanted)}: {why}"
+                context.remark("declined", self.name, site.name, op, message)
             commit_to(site, activation, weight)
             measured = {"speedup": verdict.speedup, "conversions": verdict.conversions}
             numbers = {name: value for name, value in measured.items() if value}
@@ -188,7 +212,35 @@ class Annotate(Pass):
                 "quantized", self.name, site.name, op, describe(activation, weight), **numbers
             )
             return
-        context.remark("float", self.name, site.name, op, reasons[0])
+        context.remark("float", self.name, site.name, op, list(reasons.values())[-1])
+
+
+def _own(weight: QuantSpec, site: Site) -> Iterator[QuantSpec]:
+    """`weight` with the axis that it has at this site, then what replaces it where it cannot be."""
+    per_channel = PerAxis(site.axis)
+    if isinstance(weight.granularity, PerBlock):
+        yield weight.with_(granularity=PerBlock(1 - site.axis, weight.granularity.size))
+    elif isinstance(weight.granularity, PerAxis):
+        yield weight.with_(granularity=per_channel)
+    else:
+        yield weight
+    if isinstance(weight.granularity, PerBlock) or weight.dtype == ir.DataType.INT4:
+        yield WEIGHT.with_(granularity=per_channel)
+
+
+def _unwritable(
+    weight: QuantSpec, activation: QuantSpec | None, site: Site, version: int
+) -> str | None:
+    """Why the weight cannot be written like this, or None."""
+    if not isinstance(weight.granularity, PerBlock) and weight.dtype != ir.DataType.INT4:
+        return None
+    if site.kind not in ("matmul", "gemm"):
+        return f"blocks and 4-bit integers are for products, not for {site.node.op_type}"
+    if activation is not None and activation.observer != "dynamic":
+        return "no runtime multiplies blocks or 4-bit integers by data with a fixed scale"
+    if version < SMALL_INTEGERS:
+        return f"opset {version} knows no blocks or 4-bit integers: convert-opset to 21 first"
+    return None
 
 
 def _weigh_convolutions(model: ir.Model, context: Context) -> None:

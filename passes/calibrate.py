@@ -59,8 +59,8 @@ class Calibrate(Pass):
             return False
         if context.calibration is None:
             raise CalibrationError(
-                "static quantization needs calibration data: give some typical inputs "
-                "(calibration=..., or -c on the command line), or use the recipe 'dynamic'"
+                "this needs calibration data: give some typical inputs (calibration=..., or -c on "
+                "the command line), or use the recipe 'dynamic'"
             )
         wanted: dict[str, Wanted] = {
             _observed(node): node.meta["qgraph.wanted"] for node in observers

@@ -47,8 +47,9 @@ class FoldConstants(Pass):
     know the newest version only, notes each fold in the model's metadata and folds no node with two
     outputs.) Where the inputs are larger than `lazy` nothing is read: the value is computed when it
     is asked for. A tied language-model head (one matrix, transposed for the embedding or for the
-    head) thus becomes two weights, of which the second takes memory only while it is read; if both
-    stay float, the saved model holds both, which the pass remarks.
+    head) thus becomes two weights, of which the second takes memory only while it is read; where
+    both are quantized, `balance-tables` makes one of them again; if both stay float, the saved
+    model holds both, which the pass remarks.
 
     Parameters:
         growth: bytes by which a value may be larger than what it is computed from.

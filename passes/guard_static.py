@@ -26,7 +26,7 @@ from qgraph.numerics import scale_zero_point
 from qgraph.observers import Stats, find_range, token_sqnr_db
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.passes.annotate import PER_TOKEN
-from qgraph.spec import QuantSpec
+from qgraph.spec import PerTensor, QuantSpec
 
 _UNREACHED = "calibration data never reached it"
 
@@ -43,8 +43,9 @@ class GuardStatic(Pass):
         boxes:u8 ─┐                                      boxes ─┐
         scores:u8 ┴ Concat:u8     ranges 1 : 640         scores ┴ Concat
 
-    The first is measured as the signal-to-noise ratio of the median token under the static scale;
-    such a site computes its scales at run time, token by token, if the target runs that faster than
+    The first is measured as the signal-to-noise ratio of the median token under the static scale,
+    or under the one scale that a run with such a token would get (DynamicQuantizeLinear); such a
+    site computes its scales at run time, token by token, if the target runs that faster than
     float, and stays float otherwise. The second keeps the joining operator float.
 
     Attributes:
@@ -66,33 +67,36 @@ class GuardStatic(Pass):
             spec = specs.get(site.x_index) if site is not None else None
             if site is None:
                 changed |= self._guard_glue(node, context)
-            elif spec is not None and spec.observer != "dynamic":
+            elif spec is not None and isinstance(spec.granularity, PerTensor):
                 changed |= self._guard_site(site, spec, context)
         return changed
 
     def _guard_site(self, site: Site, spec: QuantSpec, context: Context) -> bool:
-        stats: Stats | None = site.x.meta.get(STATS)
+        stats: Stats = site.x.meta.get(STATS, Stats())
         op, weight = site.node.op_type, site.node.meta[IN][site.w_index]
-        if stats is None or not stats.count:
+        dynamic = spec.observer == "dynamic"
+        if not dynamic and not stats.count:
             retract(site)
             context.remark("float", self.name, site.name, op, _UNREACHED)
             return True
         if stats.token_power is None:
             return False
-        spec = static_spec(site.x) or spec  # others may have a say in it too
+        # Others may have a say in a fixed scale too; a run is taken to hold the extremes of all.
+        spec = spec.with_(observer="minmax") if dynamic else static_spec(site.x) or spec
         low, high = find_range(stats, spec)
         scale, _ = scale_zero_point(np.float32(low), np.float32(high), spec)
         sqnr = token_sqnr_db(stats, float(scale))
         if sqnr >= self.min_sqnr:
             return False
         retract(site)
+        coarse = "one scale a run is" if dynamic else "static ones are"
         verdict = context.target.supports(site, PER_TOKEN, weight, context)
         if not verdict.ok:
-            why = f"static activations are too coarse for most tokens; dynamic: {verdict.reason}"
+            why = f"float activations: {coarse} too coarse for most tokens; {verdict.reason}"
             context.remark("float", self.name, site.name, op, why, median_token_db=sqnr)
             return True
         commit_to(site, PER_TOKEN, weight)
-        why = describe(PER_TOKEN, weight) + ": static ones are too coarse for most tokens"
+        why = f"{describe(PER_TOKEN, weight)}: {coarse} too coarse for most tokens"
         context.remark("quantized", self.name, site.name, op, why, median_token_db=sqnr)
         return True
 

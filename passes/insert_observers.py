@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qgraph.analysis import site_of
-from qgraph.annotation import static_specs
+from qgraph.analysis import Site, site_of
+from qgraph.annotation import IN, product_groups, static_specs
 from qgraph.context import Context
 from qgraph.functions import OBSERVER, declare
 from qgraph.graph import insert
 from qgraph.observers import Wanted
 from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import QuantSpec
+from qgraph.spec import PerTensor, QuantSpec
 
 WANTED = "qgraph.wanted"
 """Key in the meta of an Observer node: what to collect, a :class:`qgraph.observers.Wanted`."""
@@ -31,12 +31,15 @@ class InsertObservers(Pass):
 
     An observer is an identity; `calibrate` compiles it into reductions. It collects what the specs
     of the value need and no more: minimum and maximum always, a histogram for percentile, entropy
-    and MSE ranges, the power of each token for the inputs of MatMul and Gemm, the mean of each
-    channel for bias correction, its extremes where the target needs to know which products can
-    saturate.
+    and MSE ranges, the power of each token where all tokens of a MatMul or Gemm share a scale, the
+    mean of each channel for bias correction, its extremes where the target needs to know which
+    products can saturate.
 
     Attributes:
         channel_means: also collect the mean of each input channel of linear sites.
+        channel_ranges: also observe the data of annotated MatMul and Gemm whose scales are found at
+            run time, and collect the extremes of each of their input channels, for `smooth` and
+            `split-outliers`.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -45,9 +48,12 @@ class InsertObservers(Pass):
     provides: ClassVar[frozenset[Stage]] = frozenset({Stage.OBSERVED})
 
     channel_means: bool = False
+    channel_ranges: bool = False
 
     def run(self, model: ir.Model, context: Context) -> bool:
-        found = [(v, specs) for v in _values(model.graph) if (specs := static_specs(v))]
+        ranged = product_groups(model) if self.channel_ranges else {}
+        values = [v for v in _values(model.graph) if v in ranged or static_specs(v)]
+        found = [(v, static_specs(v)) for v in values]
         for value, specs in found:
             declare(model, OBSERVER)
             self._observe(model, value, self._wanted(value, specs, context.target.saturates))
@@ -67,16 +73,23 @@ class InsertObservers(Pass):
             use.node.replace_input_with(use.idx, observed)
 
     def _wanted(self, value: ir.Value, specs: list[QuantSpec], saturates: bool) -> Wanted:
-        users = [s for u in value.uses() if (s := site_of(u.node)) and s.x_index == u.idx]
+        wanting = [use for use in value.uses() if use.idx in use.node.meta.get(IN, {})]
+        users = [s for u in wanting if (s := site_of(u.node)) and s.x_index == u.idx]
         linear = any(s.kind in ("matmul", "gemm") for s in users)
         axes = {-1 if s.kind in ("matmul", "gemm") else 1 for s in users}
         axis = axes.pop() if len(axes) == 1 else None  # readers that disagree get neither
         return Wanted(
             histogram=any(s.observer in ("percentile", "entropy", "mse") for s in specs),
             channel_mean_axis=axis if self.channel_means else None,
-            token_power=linear,
-            channel_range_axis=axis if saturates else None,
+            token_power=linear and (bool(specs) or any(map(_per_run, users))),
+            channel_range_axis=axis if saturates or (self.channel_ranges and linear) else None,
         )
+
+
+def _per_run(site: Site) -> bool:
+    """Whether one scale, found at run time, is to serve all tokens of the site's data."""
+    spec: QuantSpec | None = site.node.meta[IN].get(site.x_index)
+    return spec is not None and isinstance(spec.granularity, PerTensor)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

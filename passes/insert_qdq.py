@@ -10,9 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.analysis import Site, lowest_value, only_user, site_of
-from qgraph.annotation import IN, SPEC, STATS, annotated, output_value, static_spec
+from qgraph.annotation import IN, INTEGERS, SPEC, STATS, annotated, output_value, static_spec
 from qgraph.context import Context
-from qgraph.functions import DEQUANTIZE_PER_TOKEN, QUANTIZE_PER_TOKEN, declare, grid_values
+from qgraph.functions import (
+    DEQUANTIZE_PER_TOKEN,
+    QUANTIZE_PER_TOKEN,
+    ROUND_IN_BLOCKS,
+    declare,
+    grid_values,
+)
 from qgraph.graph import (
     add_constant,
     array,
@@ -22,10 +28,11 @@ from qgraph.graph import (
     redirect,
     release,
     remove_dead,
+    shared_constant,
 )
-from qgraph.numerics import quantize_bias, token_grid
+from qgraph.numerics import SYMMETRIC_GRID, quantize_bias, token_grid
 from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import PerToken, QuantSpec
+from qgraph.spec import PerBlock, PerToken, QuantSpec
 from qgraph.weights import NUMPY, activation_scale, constant_bias, quantize_site
 
 
@@ -48,7 +55,14 @@ class InsertQDQ(Pass):
     that it cannot, at the least squared error.
     Specs and statistics are deleted: from here on, the graph is the only truth.
 
-    Source: Jacob et al. 2018, eq. 1-7 (affine quantization, int32 bias).
+    Weights in blocks get the scale of a block as an integer times the scale of its column, so that
+    integers remain where a kernel knows nothing but columns (:func:`numerics.quantize_blocks`)::
+
+        multiplier:int8 (K / size, N) ── Cast ── Mul(scale (1, N)) ──┐
+        W:int4 (K, N) ───────────────────── DQ <block_size = size> ── MatMul
+
+    Source: Jacob et al. 2018, eq. 1-7 (affine quantization, int32 bias); Yao et al. 2022,
+    "ZeroQuant", section 4.1 (group-wise weights).
     """
 
     name: ClassVar[str] = "insert-qdq"
@@ -80,12 +94,28 @@ class InsertQDQ(Pass):
             value.meta.pop(STATS, None)
         for node, _ in wanted:
             node.meta.pop(IN, None)
+        for value in model.graph.initializers.values():
+            value.meta.pop(INTEGERS, None)
         remove_dead(model)  # the float weights
         return bool(wanted)
 
 
-_Integers = tuple[list[ir.Value], int | None]
-"""A weight's integers, scales and zero points as initializers, and their axis."""
+@dataclass(frozen=True)
+class _Integers:
+    """A weight as initializers.
+
+    Attributes:
+        q, scale: integers and what one step of them is worth.
+        zero: zero points, None for weights in blocks.
+        multiplier: what `scale` is multiplied by in each block, None for weights not in blocks.
+        attributes: of the DequantizeLinear that reads them.
+    """
+
+    q: ir.Value
+    scale: ir.Value
+    zero: ir.Value | None
+    multiplier: ir.Value | None
+    attributes: dict[str, int]
 
 
 @dataclass
@@ -152,34 +182,55 @@ class _Commit:
         spec, data = specs.pop(site.w_index), specs.get(site.x_index)
         static = data is not None and data.observer != "dynamic"
         key = (id(site.weight), spec, id(site.node) if static else 0)
+        if site.kind == "gather":  # any product's integers will do
+            key = next((known for known in self.weights if known[:2] == key[:2]), key)
         if key not in self.weights:
             self.weights[key] = self._integers(site, spec)
-        values, axis = self.weights[key]
+        stored = self.weights[key]
         bias = constant_bias(site) if static else None
         if bias is not None:
-            self._bias(site, bias, array(values[1]))
+            self._bias(site, bias, array(stored.scale))
         # Each use dequantizes by itself: branches do not see into each other.
-        attributes = {} if axis is None else {"axis": axis}
-        base = f"{site.weight.name}_dq"
+        scale = self._block_scale(site, stored) if stored.multiplier else stored.scale
+        inputs = [stored.q, scale, *([stored.zero] if stored.zero else [])]
         dq = insert(
-            self.model, site.node, "DequantizeLinear", values, base=base, attributes=attributes
-        )
+            self.model, site.node, "DequantizeLinear", inputs,
+            base=f"{site.weight.name}_dq", attributes=stored.attributes,
+        )  # fmt: skip
         site.node.replace_input_with(site.w_index, _typed(dq, site.weight))
 
+    def _block_scale(self, site: Site, stored: _Integers) -> ir.Value:
+        """The scale of each block, computed: lowering finds multiplier and column scale apart."""
+        multiplier, base = stored.multiplier, site.weight.name
+        assert multiplier is not None
+        wide = insert(
+            self.model, site.node, "Cast", [multiplier],
+            base=f"{base}_multiplier_f32", attributes={"to": int(ir.DataType.FLOAT)},
+        )  # fmt: skip
+        factors = [_typed(wide, multiplier), stored.scale]
+        scale = insert(self.model, site.node, "Mul", factors, base=f"{base}_block_scale")
+        return _typed(scale, multiplier)
+
     def _integers(self, site: Site, spec: QuantSpec) -> _Integers:
-        weight = quantize_site(site, spec, self.context.target.saturates)
+        target = self.context.target
+        weight = quantize_site(site, spec, target.saturates, target.block_limit)
         release(site.weight)
         if weight.repaired:
             why = "channels requantized in which u8·s8 products could overflow int16"
             op, count = site.node.op_type, weight.repaired
             self.context.remark("applied", InsertQDQ.name, site.name, op, why, channels=count)
         base = site.weight.name
-        values = [
-            add_constant(self.model, f"{base}_q", weight.q),
-            add_constant(self.model, f"{base}_scale", weight.scale),
-            add_constant(self.model, f"{base}_zero", weight.zero.astype(weight.q.dtype)),
-        ]
-        return values, weight.axis
+        q = add_constant(self.model, f"{base}_q", weight.q, spec.dtype)
+        scale = add_constant(self.model, f"{base}_scale", weight.scale)
+        attributes = {} if weight.axis is None else {"axis": weight.axis}
+        if weight.multiplier is not None:
+            attributes["block_size"] = weight.block
+            narrow = weight.multiplier.astype(np.min_scalar_type(-int(weight.multiplier.max())))
+            multiplier = add_constant(self.model, f"{base}_multiplier", narrow)
+            return _Integers(q, scale, None, multiplier, attributes)
+        zeros = weight.zero.astype(weight.q.dtype)
+        zero = add_constant(self.model, f"{base}_zero", zeros, spec.dtype)
+        return _Integers(q, scale, zero, None, attributes)
 
     def _bias(self, site: Site, bias: np.ndarray, w_scale: np.ndarray | None) -> None:
         assert site.bias is not None
@@ -237,6 +288,8 @@ class _Commit:
 
     def _at_run_time(self, node: ir.Node, value: ir.Value, spec: QuantSpec) -> ir.Value:
         anchor = _first_user(node, value)
+        if isinstance(spec.granularity, PerBlock):
+            return self._in_blocks(anchor, value, spec.granularity.size)
         if not isinstance(spec.granularity, PerToken):
             q = insert(
                 self.model,
@@ -262,6 +315,16 @@ class _Commit:
             base=f"{value.name}_dq", domain="qgraph",
         )  # fmt: skip
         return _typed(dq, value)
+
+    def _in_blocks(self, anchor: ir.Node, value: ir.Value, size: int) -> ir.Value:
+        declare(self.model, ROUND_IN_BLOCKS)
+        block = shared_constant(self.model, f"qgraph/block_{size}", np.array([-1, size], np.int64))
+        step, _, floor = grid_values(self.model, SYMMETRIC_GRID)
+        rounded = insert(
+            self.model, anchor, ROUND_IN_BLOCKS, [value, block, step, floor],
+            base=f"{value.name}_rounded", domain="qgraph",
+        )  # fmt: skip
+        return _typed(rounded, value)
 
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.graph import attribute, constant, dims, is_op, node_name, nodes
+from qgraph.graph import array, attribute, constant, dims, is_op, node_name, nodes
 
 SiteKind = Literal["matmul", "gemm", "conv", "conv_transpose", "gather", "rnn", "activations"]
 
@@ -185,10 +185,29 @@ _KEEPS = ("Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten",
 
 
 def lowest_value(value: ir.Value | None) -> float | None:
-    """A bound below which `value` never is, where an activation function gives one; else None."""
+    """A bound below which `value` never is, where an activation function gives one; else None.
+
+    It survives what moves values, and masks. Factors that differ keep only a bound of 0: the least
+    value of the largest factor is far below those of most channels, and a grid of tokens that has
+    to reach it is coarser than one without a bound.
+    """
     node = value.producer() if value is not None else None
-    while node is not None and is_op(node, *_KEEPS) and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    if node is None or not is_op(node, *_LOWEST):
+    if node is None:
         return None
-    return _LOWEST[node.op_type]
+    if is_op(node, *_LOWEST):
+        return _LOWEST[node.op_type]
+    if is_op(node, *_KEEPS):
+        return lowest_value(node.inputs[0])
+    if is_op(node, "Mul"):
+        for factors, other in (node.inputs, node.inputs[::-1]):
+            f = array(factors)
+            if f is not None and f.size and (f >= 0).all() and np.isfinite(f).all():
+                return _masked_bound(lowest_value(other), f)
+    return None
+
+
+def _masked_bound(bound: float | None, factors: NDArray[np.floating[Any]]) -> float | None:
+    largest = float(factors.max())
+    if not bound or ((factors == 0) | (factors == largest)).all():
+        return None if bound is None else bound * largest
+    return None

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qgraph.analysis import Site, only_user
+from qgraph.analysis import Site, only_user, site_of
 from qgraph.graph import constant, is_op, nodes
-from qgraph.spec import PerAxis, QuantSpec
+from qgraph.spec import PerAxis, PerBlock, QuantSpec
 
 SPEC = "qgraph.spec"
 """Key in `value.meta`: quantize this value, for all its users."""
@@ -18,18 +18,25 @@ IN = "qgraph.in"
 STATS = "qgraph.stats"
 """Key in `value.meta`: what calibration found, a :class:`qgraph.observers.Stats`."""
 
+INTEGERS = "qgraph.integers"
+"""Key in `value.meta` of a weight that a pass has rounded, and holds nothing else any more: the
+spec it was rounded for, and what to, a :class:`qgraph.weights.Quantized`."""
+
 MOVES = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 """Operators that move values without computing new ones: input and output share a scale."""
 
 
 def describe(activation: QuantSpec | None, weight: QuantSpec) -> str:
     """How a site is quantized, in words for a remark."""
-    data = "float activations" if activation is None else f"activations {_words(activation)}"
-    return f"weights {_words(weight)}, {data}"
+    data = "float activations" if activation is None else f"activations {words(activation)}"
+    return f"weights {words(weight)}, {data}"
 
 
-def _words(spec: QuantSpec) -> str:
+def words(spec: QuantSpec) -> str:
+    """A spec in words for a remark; axes are the site's own, which its name tells."""
     granularity = "per-channel" if isinstance(spec.granularity, PerAxis) else str(spec.granularity)
+    if isinstance(spec.granularity, PerBlock):
+        granularity = f"in blocks of {spec.granularity.size}"
     when = "dynamic " if spec.observer == "dynamic" else ""
     return f"{when}{spec.dtype.name.lower()} {granularity}"
 
@@ -73,6 +80,24 @@ def static_specs(value: ir.Value) -> list[QuantSpec]:
 def static_spec(value: ir.Value) -> QuantSpec | None:
     """The spec that counts where users disagree, the first of :func:`static_specs`, or None."""
     return next(iter(static_specs(value)), None)
+
+
+def product_groups(model: ir.Model) -> dict[ir.Value, list[Site]]:
+    """The MatMul and Gemm of the main graph by the data that they share.
+
+    Only data that at least one of them is annotated to quantize; the others are there too, since
+    whoever changes the data must see all of its readers.
+    """
+    groups: dict[ir.Value, list[Site]] = {}
+    for node in model.graph:
+        site = site_of(node)
+        if site is not None and site.kind in ("matmul", "gemm") and constant(site.x) is None:
+            groups.setdefault(site.x, []).append(site)
+    return {
+        x: found
+        for x, found in groups.items()
+        if any(site.x_index in site.node.meta.get(IN, {}) for site in found)
+    }
 
 
 def annotated(model: ir.Model) -> Iterator[tuple[ir.Node, dict[int, QuantSpec]]]:

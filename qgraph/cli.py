@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +18,7 @@ from qgraph.errors import QGraphError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from qgraph.context import Context
+    from qgraph.context import Context, Remarks
     from qgraph.pass_manager import Hook, Pass
 
 app = typer.Typer(
@@ -185,9 +187,10 @@ def opt(
     """Run a pipeline of passes on a model."""
     import qgraph
     from qgraph.backends import get_target
-    from qgraph.context import Context
+    from qgraph.context import Context, Remarks
     from qgraph.feeds import open_calibration
     from qgraph.model_io import check_output, save
+    from qgraph.pass_manager import Stage, stages
     from qgraph.pipeline import complete, parse_pipeline
     from qgraph.progress import display
 
@@ -205,7 +208,12 @@ def opt(
     save(source, output)
     if pipeline != written:
         print(f"ran with what it needs: {manager}")
-    print(context.remarks.summary() or "no site was quantized")
+    for line in _effects(context.remarks):
+        print(line)
+    remarks = context.remarks
+    if Stage.COMMITTED not in stages(source):  # verdicts that nothing has carried out
+        remarks = Remarks(remarks.warnings())
+    print(remarks.summary() or "no site was quantized")
     print(f"saved as {output}")
 
 
@@ -293,6 +301,14 @@ def bench(
     shell.show(made)
     if calibration is None:
         print("on random inputs: give -c DATA for typical ones")
+
+
+def _effects(remarks: Remarks) -> Iterator[str]:
+    """For each pass at how many sites it did something, and at how many it declined."""
+    counts = Counter((r.pass_name, r.kind) for r in remarks if r.kind in ("applied", "declined"))
+    for name in dict.fromkeys(name for name, _ in counts):
+        found = {kind: counts[name, kind] for kind in ("applied", "declined")}
+        yield f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in found.items() if n)
 
 
 def _printer(shown: set[str]) -> Hook:

@@ -18,6 +18,7 @@ DOMAIN = "qgraph"
 OBSERVER = "Observer"
 QUANTIZE_PER_TOKEN = "QuantizePerToken"
 DEQUANTIZE_PER_TOKEN = "DequantizePerToken"
+ROUND_IN_BLOCKS = "RoundInBlocks"
 
 
 class _Body:
@@ -65,10 +66,24 @@ def _dequantize_per_token(version: int) -> ir.Function:
     return _function(DEQUANTIZE_PER_TOKEN, inputs, [y], body, version)
 
 
+def _round_in_blocks(version: int) -> ir.Function:
+    """(x, block, step, floor) -> x: see `qgraph.numerics.round_in_blocks`; block is [-1, size]."""
+    inputs, body = [ir.Value(name=name) for name in ("x", "block", "step", "floor")], _Body()
+    x, block, step, floor = inputs
+    shape = body.op("Shape", x)
+    blocks = body.op("Reshape", x, block)
+    largest = body.op("Max", body.max_last(body.op("Abs", blocks), version), floor)
+    scale = body.op("Mul", largest, step)
+    rounded = body.op("Mul", body.op("Round", body.op("Div", blocks, scale)), scale)
+    y = body.op("Reshape", rounded, shape)
+    return _function(ROUND_IN_BLOCKS, inputs, [y], body, version)
+
+
 _MAKERS: dict[str, Callable[[int], ir.Function]] = {
     OBSERVER: _observer,
     QUANTIZE_PER_TOKEN: _quantize_per_token,
     DEQUANTIZE_PER_TOKEN: _dequantize_per_token,
+    ROUND_IN_BLOCKS: _round_in_blocks,
 }
 
 

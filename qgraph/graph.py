@@ -63,7 +63,11 @@ def array(value: ir.Value | None) -> np.ndarray | None:
 
 def release(value: ir.Value | None) -> None:
     """Give back the pages of a memory-mapped weight that has been read."""
-    tensor = constant(value)
+    unmap(constant(value))
+
+
+def unmap(tensor: ir.TensorProtocol | None) -> None:
+    """:func:`release` for the tensor itself."""
     if isinstance(tensor, ir.ExternalTensor):
         try:
             tensor.release()

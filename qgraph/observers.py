@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +118,31 @@ class Stats:
             total = self.channel_mean * self.count + other.channel_mean * other.count
             merged = replace(merged, channel_mean=total / count)
         return merged
+
+    def divided(self, factors: NDArray[np.floating[Any]]) -> Stats:
+        """What is known of the value after division by positive factors, one for each channel.
+
+        Extremes and means follow exactly; histograms, whose elements have no channel, are dropped.
+        Statistics without channel extremes, along the last axis, know nothing of the quotient.
+
+        Args:
+            factors: (channels,).
+        """
+        if self.channel_low is None or self.channel_high is None:
+            return Stats()
+        low, high = self.channel_low / factors, self.channel_high / factors
+        mean = None if self.channel_mean is None else self.channel_mean / factors
+        return Stats(
+            self.count, float(low.min()), float(high.max()),
+            channel_low=low, channel_high=high, channel_mean=mean,
+        )  # fmt: skip
+
+    @property
+    def channel_peak(self) -> Double | None:
+        """Largest magnitude of each channel, None where channel extremes were not collected."""
+        if self.channel_low is None or self.channel_high is None:
+            return None
+        return np.maximum(-self.channel_low, self.channel_high)
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Everything as arrays by name, for `numpy.savez`; :meth:`from_arrays` reads them back."""

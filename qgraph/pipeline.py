@@ -42,7 +42,8 @@ def complete(steps: Sequence[Pass], *, calibrated: bool) -> list[Pass]:
     """The pipeline with what its passes need before them, where they do not stand there already.
 
     So that `smooth,insert-qdq` may be written for what takes six passes: a missing annotation is
-    that of the recipe `static` where there is calibration data, of `dynamic` where there is none.
+    that of the recipe `static` where there is calibration data, of `dynamic` where there is none or
+    where `smooth` or `split-outliers` use it, which help scales found token by token most.
 
     Args:
         steps: a pipeline, complete or not.
@@ -54,15 +55,19 @@ def complete(steps: Sequence[Pass], *, calibrated: bool) -> list[Pass]:
     from qgraph.passes.guard_static import GuardStatic
     from qgraph.passes.insert_observers import InsertObservers
     from qgraph.passes.insert_qdq import InsertQDQ
+    from qgraph.passes.smooth import Smooth
+    from qgraph.passes.split_outliers import SplitOutliers
 
+    by_channel = any(isinstance(step, Smooth | SplitOutliers) for step in steps)
+    observe = InsertObservers(channel_ranges=by_channel)
     annotate: tuple[Pass, ...] = (Annotate(scheme="dynamic"),)
-    if calibrated:
-        annotate = (Annotate(scheme="static"), InsertObservers(), Calibrate(), GuardStatic())
+    if calibrated and not by_channel:
+        annotate = (Annotate(scheme="static"), observe, Calibrate(), GuardStatic())
     providers: dict[Stage, tuple[Pass, ...]] = {
         Stage.CANONICAL: (Canonicalize(),),
         Stage.ANNOTATED: annotate,
-        Stage.OBSERVED: (InsertObservers(),),
-        Stage.CALIBRATED: (InsertObservers(), Calibrate()),
+        Stage.OBSERVED: (observe,),
+        Stage.CALIBRATED: (observe, Calibrate()),
         Stage.COMMITTED: (InsertQDQ(),),
     }
     result: list[Pass] = []

@@ -38,6 +38,8 @@ class Target(Protocol):
         name: as the user writes it: `cpu`, `cpu:avx2`, `onnx`, ...
         saturates: u8·s8 products are added in pairs in int16 (x86 without VNNI), so two large
             products can overflow; weights must be repaired where that can happen.
+        block_limit: largest magnitude that an integer weight times the integer multiplier of its
+            block may reach in the kernels that run weights in blocks.
         measured: whether verdicts come from timing this machine.
     """
 
@@ -46,6 +48,9 @@ class Target(Protocol):
 
     @property
     def saturates(self) -> bool: ...
+
+    @property
+    def block_limit(self) -> int: ...
 
     @property
     def measured(self) -> bool: ...

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from qgraph.analysis import Site
-from qgraph.annotation import IN, MOVES, STATS, static_spec
+from qgraph.annotation import IN, INTEGERS, MOVES, STATS, static_spec
 from qgraph.errors import PipelineError
-from qgraph.graph import array, attribute, dims, is_op
+from qgraph.graph import add_constant, array, attribute, constant, dims, is_op, release, unmap
 from qgraph.numerics import (
     along,
+    blockwise,
     can_saturate,
     dequantize,
     quantize,
+    quantize_blocks,
     quantize_unsaturated,
     quantize_weight,
     scale_zero_point,
     weight_scale_for_bias,
 )
-from qgraph.observers import find_range
-from qgraph.spec import Granularity, PerAxis, PerTensor, QuantSpec
+from qgraph.observers import Stats, find_range
+from qgraph.spec import Granularity, PerAxis, PerBlock, PerTensor, QuantSpec
 
 CHUNK_BYTES = 16 << 20
 """Weights are quantized in slices of about this size, so that temporaries stay small."""
-NUMPY = {ir.DataType.INT8: np.int8, ir.DataType.UINT8: np.uint8}
+FINE_BLOCKS = 1 << 20
+"""Limit of integer times multiplier where it is a float that a kernel sees: scales as fine as that
+are as good as any."""
+NUMPY = {ir.DataType.INT8: np.int8, ir.DataType.UINT8: np.uint8, ir.DataType.INT4: np.int8}
+"""Array types that hold the integers; onnx-ir packs those of 4 bits when it writes them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +43,12 @@ class Quantized:
 
     Attributes:
         q: int8 or uint8, shape of the weight.
-        scale: float32, 1-D along `axis`, or 0-D.
+        scale: float32, 1-D along `axis`, or 0-D; of blocks (1, N), or (N, 1) for a weight (N, K).
         zero: zero point, int32, shape of scale.
-        axis: output-channel axis, or None for one scale.
+        axis: output-channel axis, or None for one scale; of blocks the axis K that they divide.
         repaired: channels requantized so that no u8·s8 pair can overflow int16.
+        block: elements along `axis` that share a scale, 0 where the weight is not in blocks.
+        multiplier: int32, what the scale of each block is multiplied by, one for each of them.
     """
 
     q: np.ndarray
@@ -46,14 +56,24 @@ class Quantized:
     zero: np.ndarray
     axis: int | None
     repaired: int = 0
+    block: int = 0
+    multiplier: np.ndarray | None = None
+
+    def steps(self) -> np.ndarray:
+        """What one step of each integer is worth: float32, broadcasts against `q`."""
+        if self.axis is None:
+            return self.scale
+        if self.multiplier is None:
+            return along(self.scale, self.axis, self.q.ndim)
+        steps = (self.multiplier * self.scale).astype(np.float32)
+        if self.axis:
+            return blockwise(steps.T, self.block, self.q.shape[1]).T
+        return blockwise(steps, self.block, self.q.shape[0])
 
     def float(self) -> np.ndarray:
         """What the integers stand for."""
-        if self.axis is None:
-            return dequantize(self.q, self.scale, self.zero)
-        rank = self.q.ndim
-        wide = along(self.scale, self.axis, rank), along(self.zero, self.axis, rank)
-        return dequantize(self.q, *wide)
+        zero = self.zero if self.zero.ndim != 1 else along(self.zero, self.axis or 0, self.q.ndim)
+        return dequantize(self.q, self.steps(), zero)
 
 
 def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
@@ -81,27 +101,42 @@ def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
 
 def _writable(spec: QuantSpec, *kinds: type[Granularity]) -> QuantSpec:
     """`spec`, if insert-qdq can write it."""
-    if spec.dtype in NUMPY and isinstance(spec.granularity, kinds):
+    if isinstance(spec.granularity, PerBlock):
+        known = spec.symmetric and spec.dtype in (ir.DataType.INT8, ir.DataType.INT4)
+    else:
+        known = spec.dtype in NUMPY and (spec.dtype != ir.DataType.INT4 or PerAxis in kinds)
+    if known and isinstance(spec.granularity, kinds):
         return spec
     raise PipelineError(
-        f"insert-qdq cannot write '{spec}': weights are int8 or uint8, per-tensor or per-axis, "
-        "static activations int8 or uint8, per-tensor"
+        f"insert-qdq cannot write '{spec}': weights are int8, uint8 or int4, per-tensor, per-axis "
+        "or in symmetric blocks of a matrix, static activations int8 or uint8, per-tensor"
     )
 
 
-def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
+def quantize_site(
+    site: Site, spec: QuantSpec, saturates: bool, block_limit: int = 127
+) -> Quantized:
     """The site's weight in integers, ready for the kernels it will meet.
 
     Args:
         spec: of the weight.
         saturates: u8·s8 products are added in pairs in int16, see `Target.saturates`.
+        block_limit: see `Target.block_limit`.
 
     Raises:
         PipelineError: the spec cannot be written, or the data is not calibrated.
     """
+    wanted, trained = site.weight.meta.get(INTEGERS, (None, None))
+    if wanted == spec and isinstance(trained, Quantized):
+        return trained
     w = array(site.weight)
     assert w is not None
-    granularity = _writable(spec, PerTensor, PerAxis).granularity
+    kinds = (PerTensor, PerAxis, *((PerBlock,) if site.kind in ("matmul", "gemm") else ()))
+    granularity = _writable(spec, *kinds).granularity
+    if isinstance(granularity, PerBlock):
+        given: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
+        fine = given is not None and isinstance(given.granularity, PerBlock)
+        return quantize_in_blocks(w, granularity, spec, FINE_BLOCKS if fine else block_limit)
     axis = granularity.axis if isinstance(granularity, PerAxis) else None
     data: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
     fixed = activation_scale(site.x) if data is not None and data.observer != "dynamic" else None
@@ -165,6 +200,84 @@ def quantize_in_slices(
             q = quantize(piece, *wide, spec.qmin, spec.qmax)
         result[part], scales[start : start + step], zeros[start : start + step] = q, scale, zero
     return result, scales, zeros
+
+
+def quantize_in_blocks(w: np.ndarray, blocks: PerBlock, spec: QuantSpec, limit: int) -> Quantized:
+    """:func:`numerics.quantize_blocks` of a matrix of any size, (K, N) or (N, K).
+
+    Args:
+        w: float weight, memory-mapped or not.
+        blocks: their size, and which axis of `w` is K.
+        limit: largest magnitude of an integer times its block's multiplier.
+    """
+    rows = w.T if blocks.axis else w
+    k, n = rows.shape
+    q, scale = np.empty(rows.shape, NUMPY[spec.dtype]), np.empty((1, n), np.float32)
+    multiplier = np.empty((-(-k // blocks.size), n), np.int32)
+    step = max(1, CHUNK_BYTES // (16 * max(k, 1)))
+    for start in range(0, n, step):
+        part = (slice(None), slice(start, start + step))
+        piece = np.asarray(rows[part], np.float32)
+        q[part], multiplier[part], scale[part] = quantize_blocks(piece, blocks.size, spec, limit)
+    if blocks.axis:
+        q, multiplier, scale = (np.ascontiguousarray(a.T) for a in (q, multiplier, scale))
+    zero = np.zeros(scale.shape, np.int32)
+    return Quantized(q, scale, zero, blocks.axis, 0, blocks.size, multiplier)
+
+
+def unscalable(x: ir.Value, readers: Sequence[Site]) -> str | None:
+    """Why the weights that read `x` cannot take factors for its channels; None if they can, by
+    :func:`scale_inputs`."""
+    stats: Stats = x.meta.get(STATS, Stats())
+    if stats.channel_peak is None:
+        return "its channels were not calibrated: set channel_ranges=true in insert-observers"
+    tensors = [constant(site.weight) for site in readers]
+    if any(t is None or t.dtype != ir.DataType.FLOAT for t in tensors):
+        return "its weight is not float32"
+    return None
+
+
+def read_elsewhere(weight: ir.Value, readers: Sequence[Site]) -> bool:
+    """Whether a product besides these readers has this weight too. The lookup of a tied embedding
+    does not count: `balance-tables` finds the scaled weight again."""
+    here = {site.node for site in readers}
+    return any(n not in here and is_op(n, "MatMul", "Gemm") for n in weight.consumers())
+
+
+def input_peaks(site: Site) -> np.ndarray:
+    """Largest magnitude of the weights that each data channel meets: float32 (K,)."""
+    w = array(site.weight)
+    assert w is not None
+    peaks: np.ndarray = np.maximum(w.max(axis=site.axis), -w.min(axis=site.axis))
+    release(site.weight)
+    return peaks.astype(np.float32)
+
+
+def scale_inputs(model: ir.Model, site: Site, factors: np.ndarray) -> None:
+    """Multiply the weights that each data channel of a MatMul or Gemm meets by its factor.
+
+    The product is made when the weight is read, and not kept; other readers keep the old weight.
+
+    Args:
+        factors: float32 (K,).
+    """
+    tensor = constant(site.weight)
+    assert tensor is not None
+    scaled = ir.LazyTensor(
+        partial(_product, tensor, along(factors, 1 - site.axis, 2)),
+        dtype=tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        cache=False,
+    )
+    value = add_constant(model, f"{site.weight.name}_scaled", scaled)
+    site.node.replace_input_with(site.w_index, value)
+
+
+def _product(tensor: ir.TensorProtocol, factors: np.ndarray) -> ir.TensorProtocol:
+    w = tensor.numpy()
+    result = ir.Tensor((w * factors).astype(w.dtype))
+    unmap(tensor)
+    return result
 
 
 def reduction_rows(q: np.ndarray, site: Site) -> np.ndarray:

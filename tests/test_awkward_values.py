@@ -167,6 +167,33 @@ def test_the_lowest_values() -> None:
     assert lowest_value(site.weight) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "factors", "lowest"),
+    [
+        ("y = Mul (g, f)", [1.0, 0.0], -0.17),
+        ("y = Mul (f, g)", [2.0], -0.34),
+        ("m = Mul (g, f) t = Identity (m) y = Mul (t, f)", [2.0, 0.0], -0.68),
+        ("r = Relu (g) y = Mul (r, f)", [2.0, 5.0], 0.0),
+        ("y = Mul (g, f)", [2.0, 5.0], None),
+        ("y = Mul (g, f)", [0.0, 0.0], 0.0),
+        ("y = Mul (g, f)", [1.0, -0.5], None),
+        ("y = Mul (g, f)", [1.0, np.inf], None),
+        ("y = Mul (g, f)", [1.0, np.nan], None),
+        ("y = Mul (x, f)", [1.0, 1.0], None),
+        ("y = Mul (g, g)", [1.0, 1.0], None),
+        ("y = Div (g, f)", [1.0, 1.0], None),
+    ],
+)
+def test_a_bound_survives_masks_and_a_bound_of_0_all_factors(
+    text: str, factors: list[float], lowest: float | None
+) -> None:
+    model = build(
+        f"g (float[3,2] x) => (float[3,2] y) {{ g = Gelu (x) {text} }}",
+        ir.Tensor(np.array(factors, np.float32), name="f"),
+    )
+    assert lowest_value(model.graph.outputs[0]) == pytest.approx(lowest)
+
+
 @pytest.mark.parametrize("op", ["Relu", "Gelu", "Sigmoid", "Softmax", "HardSwish", "Abs", "Exp"])
 def test_the_bound_of_an_operator_holds(op: str) -> None:
     model = build(f"g (float[4000] x) => (float[4000] y) {{ y = {op} (x) }}")

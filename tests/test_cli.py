@@ -248,6 +248,9 @@ BAD: dict[str, tuple[Callable[[Path], object] | None, str, str]] = {
     "parameter of another type": (None, COMPILE + "-r dynamic --set bits=many", "an integer"),
     "parameter out of range": (None, COMPILE + "-r dynamic --set bits=99", "bits=99"),
     "parameter not among the choices": (None, COMPILE + "--set observer=best", "minmax"),
+    "level not among the choices": (None, COMPILE + "-r smoothquant --set level=O4", "O1, O2, O3"),
+    "alpha out of range": (None, COMPILE + "-r smoothquant --set alpha=2", "use 0 to 1, or search"),
+    "alpha is no number": (None, COMPILE + "-r smoothquant --set alpha=foo", "search"),
     "optimized for nothing known": (
         None, COMPILE + "-r dynamic --set optimize_for=fun", "prompt, decode, both"
     ),

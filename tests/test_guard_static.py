@@ -19,9 +19,11 @@ from qgraph.errors import PipelineError
 from qgraph.numerics import scale_zero_point, sqnr_db
 from qgraph.observers import Stats, find_range
 from qgraph.pass_manager import PassManager
-from qgraph.passes.annotate import Annotate, Scheme
+from qgraph.passes.annotate import PER_RUN, PER_TOKEN, WEIGHT, Annotate, Rule, Scheme
+from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.guard_static import GuardStatic
+from qgraph.passes.insert_observers import InsertObservers
 from qgraph.spec import QuantSpec
 from qgraph.target import Target, Verdict
 from tests.models import build, feed, mlp, outputs, random_graph, weight
@@ -51,6 +53,18 @@ class Refusing(OnnxTarget):
     ) -> Verdict:
         if activation is not None and activation.observer == "dynamic":
             return Verdict(False, "dynamic is slow here")
+        return super().supports(site, activation, weight, context)
+
+
+@dataclass(frozen=True)
+class SlowTokens(OnnxTarget):
+    """No product with scales token by token."""
+
+    def supports(
+        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
+    ) -> Verdict:
+        if activation == PER_TOKEN:
+            return Verdict(False, "tokens are slow here")
         return super().supports(site, activation, weight, context)
 
 
@@ -119,7 +133,7 @@ def test_float_where_the_target_has_nothing_dynamic() -> None:
     assert not specs(model)
     verdict = context.remarks.verdicts()["y"]
     assert verdict.kind == "float"
-    assert verdict.message.endswith("too coarse for most tokens; dynamic: dynamic is slow here")
+    assert verdict.message.endswith("too coarse for most tokens; dynamic is slow here")
 
 
 def test_siblings_fall_together_and_a_dynamic_model_is_left_alone() -> None:
@@ -135,6 +149,75 @@ def test_siblings_fall_together_and_a_dynamic_model_is_left_alone() -> None:
     assert not GuardStatic().run(model, Context(ONNX))
     assert specs(model) == before
 
+
+# --- scales found for each run --------------------------------------------------------------------
+
+ONE_RUN = (Rule(("matmul", "gemm"), WEIGHT, (PER_RUN,)),)
+
+
+def guard_runs(
+    model: ir.Model, feeds: Sequence[Feed], target: Target = ONNX, **parameters: float
+) -> Context:
+    """The same for a scale that each run finds for itself."""
+    observe = (InsertObservers(channel_ranges=True), Calibrate())
+    passes = (*annotate(rules=ONE_RUN), *observe, GuardStatic(**parameters))
+    return apply(model, passes, feeds, target)
+
+
+@pytest.mark.parametrize(("spike", "spec"), [(1, str(PER_RUN)), (1000, TOKEN)])
+def test_a_run_with_a_spike_gets_scales_token_by_token(spike: float, spec: str) -> None:
+    model = build(LINE, weight("w", 8, 4))
+    data = spiky(spike)
+    before = outputs(model, data[0])[0]
+    context = guard_runs(model, data)
+    assert specs(model)["y"][0] == spec
+    verdict = context.remarks.verdicts()["y"]
+    if spike > 1:
+        assert verdict.message == (
+            "weights int8 per-channel, activations dynamic uint8 per-token: "
+            "one scale a run is too coarse for most tokens"
+        )
+        assert verdict.numbers["median_token_db"] < 5
+    apply(model, COMMIT, data)
+    assert sqnr_db(before[1:], both(model, data[0])[0][1:]) > 35
+
+
+@pytest.mark.parametrize("min_sqnr", [0.0, 25.0, 60.0])
+def test_the_threshold_decides_about_runs_too(min_sqnr: float) -> None:
+    model = build(LINE, weight("w", 8, 4))
+    guard_runs(model, spiky(1), min_sqnr=min_sqnr)
+    assert specs(model)["y"][0] == (TOKEN if min_sqnr == 60 else str(PER_RUN))
+
+
+def test_a_run_stays_float_where_tokens_are_slow() -> None:
+    model = build(LINE, weight("w", 8, 4))
+    context = guard_runs(model, spiky(1000), SlowTokens())
+    assert not specs(model)
+    verdict = context.remarks.verdicts()["y"]
+    assert verdict.kind == "float"
+    assert verdict.message == (
+        "float activations: one scale a run is too coarse for most tokens; tokens are slow here"
+    )
+
+
+def test_runs_that_were_not_observed_are_left_alone() -> None:
+    """In bodies of If, Loop and Scan, and where data never came."""
+    text = """
+    g (bool flag, float[N,8] x) => (float[N,4] y) {
+      y = If (flag) <
+        then_branch = a () => (float[N,4] y1) { y1 = MatMul (x, w) },
+        else_branch = b () => (float[N,4] y2) { k = MatMul (x, w) y2 = Neg (k) }
+      >
+    }"""
+    model = build(text, weight("w", 8, 4))
+    guard_runs(model, [{**spiky(1000)[0], "flag": np.array(True)}])
+    assert {by[0] for by in specs(model).values()} == {str(PER_RUN)}
+    model = build(LINE, weight("w", 8, 4))
+    guard_runs(model, [{"x": np.zeros((0, 8), np.float32)}])
+    assert specs(model)["y"][0] == str(PER_RUN)
+
+
+# --- joins ----------------------------------------------------------------------------------------
 
 JOIN = """
 g (float[1,2,4,4] x) => (y) {

@@ -14,7 +14,7 @@ from qgraph.errors import PipelineError
 from qgraph.functions import OBSERVER, is_call
 from qgraph.observers import Wanted
 from qgraph.pass_manager import PassManager
-from qgraph.passes.annotate import Annotate, Rule
+from qgraph.passes.annotate import PER_RUN, PER_TOKEN, WEIGHT, Annotate, Rule
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.insert_observers import WANTED, InsertObservers
 from qgraph.spec import QuantSpec, RangeMethod
@@ -149,6 +149,35 @@ def test_a_dynamic_model_needs_no_observer() -> None:
     model = mlp((4, 2))
     apply(model, [Canonicalize(), Annotate("dynamic"), InsertObservers()])
     assert not any(is_call(n, OBSERVER) for n in model.graph)
+
+
+@pytest.mark.parametrize(
+    ("activation", "power"), [(PER_RUN, True), (PER_TOKEN, False)], ids=["run", "token"]
+)
+def test_scales_found_at_run_time_are_observed_for_their_channels(
+    activation: QuantSpec, power: bool
+) -> None:
+    """The power of tokens only where they share a scale."""
+    model = mlp((4, 3, 2))
+    rule = Rule(("matmul",), WEIGHT, (activation,))
+    annotate = Annotate("dynamic", rules=(rule,))
+    apply(model, [Canonicalize(), annotate, InsertObservers(channel_ranges=True)], target=VNNI)
+    wanted = {str(n.inputs[0].name): n.meta[WANTED] for n in model.graph if is_call(n, OBSERVER)}  # type: ignore[union-attr]
+    assert wanted == dict.fromkeys(("x", "h0"), Wanted(token_power=power, channel_range_axis=-1))
+
+
+def test_one_reader_with_a_scale_a_run_is_enough() -> None:
+    text = """
+    g (float[N,4] x) => (y, z) {
+      y = MatMul (x, w)
+      z = MatMul (x, w)
+    }"""
+    model = build(text, weight("w", 4, 4))
+    rule = Rule(("matmul",), WEIGHT, (PER_RUN,), layers="z")
+    annotate = Annotate("dynamic", rules=(rule,))
+    apply(model, [Canonicalize(), annotate, InsertObservers(channel_ranges=True)], target=VNNI)
+    (observer,) = (n for n in model.graph if is_call(n, OBSERVER))
+    assert observer.meta[WANTED] == Wanted(token_power=True, channel_range_axis=-1)
 
 
 def test_observation_needs_annotation() -> None:

@@ -642,8 +642,8 @@ def test_the_repair_is_remarked() -> None:
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
-        (QuantSpec(ir.DataType.INT4, PerAxis(0)), "'int4 per-axis.*int8 or uint8"),
-        (QuantSpec(granularity=PerBlock(0, 8)), "per-block.*per-tensor or per-axis"),
+        (QuantSpec(ir.DataType.INT16, PerAxis(0)), "'int16 per-axis.*int8, uint8 or int4"),
+        (QuantSpec(granularity=PerBlock(0, 8), symmetric=False), "per-block.*symmetric blocks"),
     ],
 )
 def test_weights_that_it_cannot_write(spec: QuantSpec, why: str) -> None:

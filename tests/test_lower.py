@@ -227,6 +227,48 @@ def test_tables_are_gathered_as_integers() -> None:
             """).replace(" @y", "")
 
 
+def shared(perm: str) -> ir.Model:
+    """A lookup and a product in the columns of one integer matrix."""
+    text = f"""
+    g (int64[N] ids) => (float[N,3] y) <float[3] s = {{1, 2, 0.5}}> {{
+      d = DequantizeLinear <axis = 1> (w, s)
+      c = Gather <axis = 1> (d, ids)
+      r = Transpose <perm = [{perm}]> (c)
+      q, a, b = DynamicQuantizeLinear (r)
+      x = DequantizeLinear (q, a, b)
+      e = DequantizeLinear <axis = 1> (w, s)
+      y = MatMul (x, e)
+    }}"""
+    w = np.random.default_rng(0).integers(-127, 128, (3, 3)).astype(np.int8)
+    return build(text, ir.Tensor(w, name="w"))
+
+
+def test_a_table_in_a_product_is_stored_as_rows() -> None:
+    for target in TARGETS:
+        model = shared("1,0")
+        lower(model, target, {"ids": np.array([2, 0, -1])})
+        assert (
+            body(model).splitlines()[:5]
+            == golden("""
+            %w_turned: i8[3, 3] = Transpose(%w_T) {perm = [1, 0]}
+            %r_q: i8[*] = Gather(%w_T, %ids)
+            %r_scale: f32[*] = Gather(%s_rows, %ids)
+            %r_cast: f32[*] = Cast(%r_q) {to = 1}
+            %r_mul: f32[N, 3] = Mul(%r_cast, %r_scale)
+            """).splitlines()
+        )
+        assert [v for v in model.graph.initializers if v.startswith("w")] == ["w_T"]
+        kinds = {"onnx": "MatMulInteger", "cpu": "DynamicQuantizeMatMul"}
+        assert kinds[target.name] in ops(model)
+
+
+def test_columns_that_are_not_made_rows_stay_as_they_are() -> None:
+    model = shared("0,1")
+    lower(model, ONNX, {"ids": np.array([2, 0, -1])})
+    assert ops(model)[:3] == ["DequantizeLinear", "Gather", "Transpose"]
+    assert "w" in model.graph.initializers
+
+
 TABLES = {
     "rows": "<float[4] s = {1,2,3,4}, int8[4] z = {0,0,0,0}>|<axis = 0>",
     "no zero point": "<float[4] s = {1,2,3,4}>|<axis = 0>",

@@ -203,7 +203,8 @@ def test_the_public_api_is_the_recorded_one() -> None:
 
 # -------------------------------------------------------------------------- documentation
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/how-a-model-flows.md", "docs/writing-a-pass.md")
+RUNNABLE = ("README.md", "docs/writing-a-pass.md", "docs/transformers-at-8-bits.md")
+DOCUMENTS = (*RUNNABLE, "CONTRIBUTING.md", "docs/how-a-model-flows.md")
 
 
 def _blocks(document: str, language: str) -> list[str]:
@@ -240,7 +241,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/writing-a-pass.md"])
+@pytest.mark.parametrize("document", RUNNABLE)
 def test_documented_commands_run(
     document: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,7 +259,7 @@ def test_documented_commands_run(
         assert main(command[1:]) == 0, (command, capsys.readouterr())
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/writing-a-pass.md"])
+@pytest.mark.parametrize("document", RUNNABLE)
 def test_documented_python_runs(document: str, workplace: Path) -> None:
     pytest.importorskip("torch")
     example = (ROOT / "examples/keep_sensitive.py").read_text()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qgraph.context import Feed
 from qgraph.errors import PipelineError, QGraphError
+from qgraph.graph import constant
+from qgraph.numerics import sqnr_db
 from qgraph.pass_manager import PassManager, Stage
 from qgraph.passes.annotate import Annotate, Rule
 from qgraph.passes.bias_correction import BiasCorrection
@@ -18,8 +22,9 @@ from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.lower import Lower
 from qgraph.pipeline import parse_pipeline
 from qgraph.recipes import RECIPES, Recipe, dynamic, get_recipe, static
-from tests.models import mlp, ops
-from tests.pipelines import ONNX, apply, body
+from qgraph.target import Target
+from tests.models import mlp, outputs
+from tests.pipelines import CPU, ONNX, TARGETS, apply, body, both, specs
 
 
 def names(recipe: Recipe) -> list[str]:
@@ -37,7 +42,8 @@ def test_every_recipe_is_a_sound_pipeline(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_written_as_text(name: str) -> None:
-    recipe = get_recipe(name, {"bits": 4})
+    # Rules are Python: the recipe that has one by itself is written without.
+    recipe = get_recipe(name, {"group_size": 0} if name == "w8a8" else {"bits": 4})
     text = str(PassManager(recipe.passes))
     assert parse_pipeline(text) == list(recipe.passes)
 
@@ -95,6 +101,15 @@ def test_fewer_bits_leave_fewer_levels(bits: int) -> None:
         ("static", {"equalize": "no"}, "equalize='no' is no bool"),
         ("static", {"observer": "median"}, "observer 'median' is unknown: use one of .*minmax"),
         ("static", {"observer": "dynamic"}, "observer 'dynamic' is unknown"),
+        ("smoothquant", {"level": "O4"}, "level 'O4' is unknown: use one of O1, O2, O3"),
+        ("smoothquant", {"level": 1}, "level '1' is unknown"),
+        ("smoothquant", {"alpha": 2}, "alpha=2 is out of range: use 0 to 1, or search"),
+        ("smoothquant", {"alpha": "foo"}, "alpha=foo is out of range"),
+        ("w8a8", {"alpha": -0.5}, "alpha=-0.5 is out of range"),
+        ("w8a8", {"group_size": -1}, "group_size=-1 is out of range: use 0 .per channel., or 16"),
+        ("zeroquant", {"group_size": "foo"}, "group_size=foo is out of range"),
+        ("zeroquant", {"group_size": 8}, "group_size=8 is out of range"),
+        ("zeroquant", {"mlp_bits": 9}, "bits=9 is out of range"),
     ],
 )
 def test_what_a_recipe_does_not_take(name: str, parameters: dict[str, object], why: str) -> None:
@@ -140,4 +155,58 @@ def test_two_runs_give_the_same_text(name: str) -> None:
         apply(model, get_recipe(name, {}).passes, target=ONNX)
         texts.append(body(model, weights=True))
     assert texts[0] == texts[1]
-    assert "MatMul" not in ops(model) or name == "static"
+    products = [n for n in model.graph if n.op_type == "MatMul"]
+    in_float = [str(n.name) for n in products if constant(n.inputs[1]) is not None]
+    assert all(product.endswith("/outliers") for product in in_float)
+
+
+# --- smoothquant, level by level ------------------------------------------------------------------
+
+TOKEN, RUN = "uint8 per-token sym dynamic", "uint8 per-tensor asym dynamic"
+FIXED = "uint8 per-tensor asym minmax"
+
+
+def tokens(spike: float) -> list[Feed]:
+    """64 tokens, the first one times `spike`."""
+    x = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
+    x[0] *= np.float32(spike)
+    return [{"x": x}]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+@pytest.mark.parametrize(("level", "usual"), [("O1", TOKEN), ("O2", RUN), ("O3", FIXED)])
+@pytest.mark.parametrize("spike", [1.0, 1000.0])
+def test_levels_of_smoothquant(spike: float, level: str, usual: str, target: Target) -> None:
+    model = mlp()
+    recipe = get_recipe("smoothquant", {"level": level})
+    passes = recipe.passes[: names(recipe).index("balance-tables")]
+    context = apply(model, passes, tokens(spike), target)
+    found = [by[0] for by in specs(model).values()]
+    assert found == [usual if spike == 1 else TOKEN] * 2
+    taken_back = [r for r in context.remarks if "too coarse for most tokens" in r.message]
+    assert len(taken_back) == (2 if spike > 1 and level != "O1" else 0)
+
+
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+@pytest.mark.parametrize("spike", [1.0, 1000.0])
+def test_every_level_saves_the_usual_tokens(spike: float, level: str) -> None:
+    model, feeds = mlp(), tokens(spike)
+    wanted = outputs(model, feeds[0])[0]
+    apply(model, get_recipe("smoothquant", {"level": level}).passes, feeds, CPU)
+    found = both(model, feeds[0])[0]
+    # One token alone decides what is smoothed, which the others pay for.
+    assert sqnr_db(wanted[1:], found[1:]) > (30 if spike == 1 else 20)
+
+
+def test_min_sqnr_of_smoothquant() -> None:
+    for level in ("O2", "O3"):
+        recipe = get_recipe("smoothquant", {"level": level, "min_sqnr": 12.0})
+        assert GuardStatic(min_sqnr=12.0) in recipe.passes
+    assert "guard-static" not in names(get_recipe("smoothquant", {}))
+
+
+def test_rules_of_the_user_come_before_those_of_a_level() -> None:
+    rule = Rule(("matmul",), None, layers="m0")
+    model = mlp()
+    apply(model, get_recipe("smoothquant", {"level": "O2", "rules": [rule]}).passes, tokens(1))
+    assert next(n for n in model.graph if n.name == "m0").op_type == "MatMul"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import metrics, tasks, zoo
+from benchmarks import antibodies, generation, metrics, tasks, zoo
 from benchmarks.zoo import Array
 
 
@@ -52,6 +52,31 @@ def test_roc_auc(scores: list[float], labels: list[int], area: float) -> None:
 )
 def test_edit_distance(a: str, b: str, distance: int) -> None:
     assert metrics.edit_distance(a, b) == metrics.edit_distance(b, a) == distance
+
+
+def test_cross_entropy_of_known_probabilities() -> None:
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]])) + 500
+    entropy = metrics.cross_entropy(logits, np.array([1, 2]))
+    np.testing.assert_allclose(entropy, -np.log([0.25, 0.1]), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "length"), [([1, 2, 3], [1, 2, 3], 3), ([1, 2, 3], [1, 4, 3], 1), ([1], [2], 0)]
+)
+def test_common_beginning(a: list[int], b: list[int], length: int) -> None:
+    assert metrics.common_beginning(np.array(a), np.array(b)) == length
+
+
+def test_each_amino_acid_is_masked_once() -> None:
+    sequence = antibodies.LETTERS
+    ids = antibodies.masked(sequence)["input_ids"]
+    assert ids.shape == (antibodies.TURNS, len(sequence) + 2)
+    hidden = ids == antibodies.MASK
+    assert (hidden.sum(0)[1:-1] == 1).all()
+    assert set(ids[:, 0]) == {antibodies.CLS}
+    assert set(ids[:, -1]) == {antibodies.SEP}
+    shown = np.where(hidden, 0, ids).max(0)[1:-1]
+    assert (shown == antibodies.FIRST + np.arange(20)).all()
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
@@ -100,6 +125,19 @@ def test_minilm_module_and_onnx_agree() -> None:
 
 
 @pytest.mark.slow
+def test_antiberty() -> None:
+    run = tasks.session(zoo.antiberty_onnx(), threads=2)
+    module, _, _ = zoo.antiberty_module()
+    (feed,) = antibodies.feeds(n=1)
+    assert metrics.sqnr_db(tasks.module_runner(module)(feed)[0], run(feed)[0]) > 90
+    logits, right = antibodies.guesses(run, 8)
+    assert metrics.accuracy(logits, right) == pytest.approx(0.8776, abs=0.001)
+    assert not set(antibodies.sequences("eval", 700)) & set(
+        antibodies.sequences("calibration", 700)
+    )
+
+
+@pytest.mark.slow
 def test_ppocr() -> None:
     assert tasks.rec_cer(tasks.session(zoo.ppocr("rec"))) < 0.003
     assert tasks.cls_accuracy(tasks.session(zoo.ppocr("cls"))) > 0.93
@@ -137,6 +175,26 @@ def test_smollm2() -> None:
     (feed,) = tasks.smollm2_calibration(zoo.smollm2_genai(), 1, 64)
     assert len(feed) == 62
     assert run(feed)[0].shape == (1, 64, 49152)
+
+
+@pytest.mark.slow
+def test_smollm2_traced_is_smollm2() -> None:
+    chunks = tasks.smollm2_chunks(n=2, length=128, text="kjv")
+    traced, genai = (
+        tasks.perplexity(tasks.session(path, threads=2), chunks)
+        for path in (zoo.smollm2_traced(), zoo.smollm2_genai())
+    )
+    assert traced == pytest.approx(genai, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_greedy_tokens_are_the_likeliest() -> None:
+    path = zoo.smollm2_genai()
+    (prompt,) = tasks.smollm2_chunks(n=1, length=16)
+    tokens = generation.greedy(generation.load(path, threads=2), prompt, 4)
+    text = np.concatenate([prompt, tokens])
+    logits = tasks.session(path, threads=2)({"input_ids": text[None]})[0][0]
+    assert tokens.tolist() == logits.argmax(-1)[15:-1].tolist()
 
 
 @pytest.mark.slow

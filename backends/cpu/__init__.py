@@ -10,20 +10,18 @@ import onnx_ir as ir
 
 from qgraph.analysis import Site
 from qgraph.annotation import MOVES
+from qgraph.backends.blocks import unpack_weights
 from qgraph.backends.cpu.isa import ISAS, SATURATING, host_isa, host_model
 from qgraph.backends.cpu.norms import part_norms, part_rms_norms
 from qgraph.backends.cpu.table import Case, Lowering, Table, rounded
 from qgraph.backends.cpu.tokens import defer_scales, lower_quantizers
-from qgraph.backends.lowering import (
-    inline_functions,
-    lower_products,
-    lower_tables,
-    shield_float,
-)
+from qgraph.backends.lowering import inline_functions, lower_products, shield_float
+from qgraph.backends.nbits import INT8_BLOCKS, lower_block_products
+from qgraph.backends.tables import lower_tables
 from qgraph.context import Context
 from qgraph.errors import QGraphError
 from qgraph.graph import attribute, dims, is_op
-from qgraph.spec import PerToken, QuantSpec
+from qgraph.spec import PerBlock, PerToken, QuantSpec
 from qgraph.target import Verdict
 
 GLUE = (
@@ -41,6 +39,7 @@ CHAIN = 3
 """Convolutions in a row, which tell the time of one from that of the conversions around it."""
 
 SHIPPED: dict[str, dict[int, float]] = {
+    "blocks": {1: 2.9, 128: 0.65},
     "per-token": {1: 4.6, 128: 1.9},
     "per-run": {1: 3.8, 128: 1.85},
     "static": {1: 4.1, 128: 1.85},
@@ -80,6 +79,11 @@ class CpuTarget:
         return self.isa in SATURATING
 
     @property
+    def block_limit(self) -> int:
+        """Blocks run as int8 columns; 64 keeps two products with u8 within int16."""
+        return 64 if self.saturates else 127
+
+    @property
     def measured(self) -> bool:
         """Whether verdicts come from this machine."""
         return self.isa == host_isa()
@@ -89,6 +93,10 @@ class CpuTarget:
     ) -> Verdict:
         if site.kind == "gather" and activation is None:
             return Verdict(True, "rows are dequantized as they are gathered")
+        if activation is not None and isinstance(activation.granularity, PerBlock):
+            return self._blocks(site, activation.granularity, weight, context)
+        if isinstance(weight.granularity, PerBlock) and self.block_limit < 2 * weight.qmax:
+            return Verdict(False, f"int8 columns have no room for blocks of {weight.width} bits")
         if activation is None:
             return Verdict(False, "onnxruntime has no int8 kernel with float activations here")
         lowering = _lowering(site, activation)
@@ -112,6 +120,24 @@ class CpuTarget:
             )
         return Verdict(True, f"{speedup:.2f}x float {where}", speedup)
 
+    def _blocks(self, site: Site, blocks: PerBlock, weight: QuantSpec, context: Context) -> Verdict:
+        """A product whose activations and weights are both in blocks, on MatMulNBits."""
+        k, n = site.kn
+        size, own = blocks.size, weight.granularity
+        if weight.width != 8 or not isinstance(own, PerBlock) or own.size != size:
+            return Verdict(False, "activations in blocks need int8 weights in blocks of that size")
+        if size not in INT8_BLOCKS:
+            known = ", ".join(map(str, INT8_BLOCKS))
+            return Verdict(False, f"blocks of {size} have no kernel: only those of {known}")
+        if k % size:
+            return Verdict(False, f"{k} input channels are not made of blocks of {size}")
+        speedups = self._speedups("blocks", k, n, context)
+        where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
+        if speedups.min() < MARGIN:  # as slow as float for prompts is too slow beside int8 columns
+            return Verdict(False, f"int8 blocks are {speedups.min():.2f}x float {where}")
+        mean = float(np.exp(np.log(speedups).mean()))
+        return Verdict(True, f"{mean:.2f}x float {where}", mean)
+
     def _convolution(self, lowering: Lowering, k: int, n: int) -> Verdict:
         """A convolution's own speedup and what conversions around it cost: see `qgraph.islands`."""
         if not self.measured:
@@ -124,12 +150,15 @@ class CpuTarget:
         return Verdict(True, "measured on this host", 1 / integer, max(alone - integer, 0.0))
 
     def _speedup(self, lowering: Lowering, k: int, n: int, context: Context) -> float:
+        return float(np.exp(np.log(self._speedups(lowering, k, n, context)).mean()))
+
+    def _speedups(self, lowering: Lowering, k: int, n: int, context: Context) -> np.ndarray:
+        """One for each number of rows that counts."""
         rows = ROWS[context.optimize_for]
         if not self.measured:
-            return float(np.exp(np.mean([np.log(SHIPPED[lowering][m]) for m in rows])))
-        table = host_table()
+            return np.array([SHIPPED[lowering][m] for m in rows])
         cases = [Case(lowering, rounded(k), rounded(n), m) for m in rows]
-        return float(np.exp(np.mean([np.log(table.speedup(case)) for case in cases])))
+        return np.array([host_table().speedup(case) for case in cases])
 
     def _apart_is_faster(self, norm: Lowering, context: Context) -> bool:
         """Whether a residual norm in two operators wins for one token as well as for many."""
@@ -142,7 +171,9 @@ class CpuTarget:
         return is_op(node, *GLUE)
 
     def legalize(self, model: ir.Model, context: Context) -> bool:
-        changed = lower_tables(model)
+        changed = lower_block_products(model)
+        changed |= unpack_weights(model)
+        changed |= lower_tables(model)
         changed |= lower_products(model, "onnxruntime")
         changed |= defer_scales(model)
         changed |= lower_quantizers(model)

@@ -16,6 +16,9 @@ from qgraph.functions import (
 from qgraph.graph import add_constant
 from qgraph.numerics import SYMMETRIC_GRID
 
+BLOCK = 128
+"""Size of the blocks that are measured."""
+
 
 class _Builder:
     def __init__(self, shape: list[int]) -> None:
@@ -73,6 +76,9 @@ def build(
     if lowering in ("norm", "rms-norm"):
         return _norm(lowering, k, m, quantized)
     b = _Builder([m, k])
+    feed = {"x": b.rng.normal(size=(m, k)).astype(np.float32)}
+    if quantized and lowering == "blocks":
+        return b.finish(_in_blocks(b, k, n)), feed
     x, w = b.x, b.weight([k, n], 1, quantized)
     if quantized and lowering == "per-token":
         declare(b.model, QUANTIZE_PER_TOKEN)
@@ -91,7 +97,18 @@ def build(
         lower_products(model, "onnxruntime")
         lower_quantizers(model)
         inline_functions(model)
-    return model, {"x": b.rng.normal(size=(m, k)).astype(np.float32)}
+    return model, feed
+
+
+def _in_blocks(b: _Builder, k: int, n: int) -> ir.Value:
+    size = min(k, BLOCK)
+    packed = b.rng.integers(0, 256, (n, k // size, size)).astype(np.uint8)
+    scales = b.constant(np.full((n, k // size), 1e-3, np.float32))
+    b.model.opset_imports["com.microsoft"] = 1
+    return b.op(
+        "MatMulNBits", b.x, b.constant(packed), scales, domain="com.microsoft",
+        K=k, N=n, bits=8, block_size=size, accuracy_level=4,
+    ).outputs[0]  # fmt: skip
 
 
 def _convolutions(

@@ -20,7 +20,7 @@ from qgraph.backends.cpu.isa import host_isa, host_model
 from qgraph.backends.cpu.probes import build
 
 Lowering = Literal[
-    "per-token", "per-run", "static", "conv", "pointwise", "depthwise", "norm", "rms-norm"
+    "per-token", "per-run", "blocks", "static", "conv", "pointwise", "depthwise", "norm", "rms-norm"
 ]
 VERSION = 5
 """Raise it when the probes change: tables of other versions are measured anew."""
@@ -35,7 +35,8 @@ class Case:
 
     Attributes:
         lowering: products of `per-token` or `per-run` dynamic or `static` activations with a
-            constant int8 weight; static convolutions of three kinds; residual norms taken apart.
+            constant int8 weight, or of both in `blocks`; static convolutions of three kinds;
+            residual norms taken apart.
         k, n: input and output channels, rounded to powers of two.
         m: rows of the product, or output pixels of the convolution.
         chain: convolutions in a row, with conversions at both ends only.

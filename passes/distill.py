@@ -1,0 +1,231 @@
+"""ZeroQuant's layer-by-layer distillation: integer weights that imitate the float layer on data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph.analysis import Site, lowest_value
+from qgraph.annotation import IN, INTEGERS, product_groups
+from qgraph.capture import Rows, captured
+from qgraph.context import Context
+from qgraph.errors import QGraphError
+from qgraph.graph import add_constant, array, constant, release, remove_dead
+from qgraph.numerics import Int, can_saturate
+from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.simulation import relative_noise, rounded_data
+from qgraph.spec import QuantSpec
+from qgraph.target import Target
+from qgraph.weights import Quantized, quantize_site, reduction_rows
+
+TOKENS = 2048
+"""About so many tokens are captured of each product's data."""
+HELD_OUT = 8
+"""One token in so many is not learned from, but judges what was learned."""
+DAMPING = 1.0
+"""Weight of staying near the float weights, in units of the mean power of a data channel. Without
+it, the integers fit what is accidental in so few tokens: on others, half of the gain is lost."""
+STRIP = 32
+"""Rows of weights whose changes reach all other rows together, in one product of matrices."""
+COLUMNS = 2048
+"""Columns that are worked on together."""
+
+
+@dataclass(frozen=True)
+class Distill(Pass):
+    """Choose the integers of each product so that it imitates the float product on real tokens.
+
+    The problem: rounding to nearest serves every single weight, but what counts is x · W, over data
+    whose channels are neither equal nor independent, and are rounded too. Some weights rounded the
+    other way make up for the errors of the others::
+
+        teacher      x  ── MatMul(W) ──── y
+        student    Q(x) ── MatMul(Q(W)) ─ y'      integers Q(W) that minimize the sum of |y' - y|²
+
+    at the scales that rounding to nearest has. Tokens count alike, whatever their magnitude. Given
+    by Q(x)ᵀQ(x) and Q(x)ᵀx, the sum is a quadratic function, descended row by row of the weights:
+    each weight moves to the integer that is best while the others stay. insert-qdq takes the
+    integers as they are.
+
+    Products stay as they were where that does not serve tokens that were not learned from; so do
+    weights that others read too (an embedding table tied to the output projection), and columns
+    whose new integers could overflow int16 in pairs.
+
+    Attributes:
+        sweeps: how often each weight is visited.
+
+    Source: Yao et al. 2022, "ZeroQuant", section 4.3 (LKD). Their layer is a transformer block with
+    latent float weights that gradients train; ours is the single product, where descent over the
+    integers themselves is exact and has no learning rate.
+    """
+
+    name: ClassVar[str] = "distill"
+    contract: ClassVar[Contract] = Contract.LOSSY
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
+
+    sweeps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.sweeps < 1:
+            raise QGraphError(f"sweeps={self.sweeps} is out of range: use 1 or more")
+
+    def run(self, model: ir.Model, context: Context) -> bool:
+        students = {
+            x: chosen
+            for x, sites in product_groups(model).items()
+            if (chosen := [site for site in sites if self._may_learn(site, context)])
+        }
+        if not students:
+            return False
+        # Everything is learned from float data, so weights are replaced when all has been seen.
+        learned: list[tuple[Site, Quantized]] = []
+        work = captured(model, list(students), context, TOKENS)
+        for x, tokens in context.progress(work, "distilling", len(students)):
+            for site in students[x]:
+                learned += [(site, student) for student in self._learn(site, tokens, context)]
+        for site, student in learned:
+            _replace_weight(model, site, student)
+        remove_dead(model)
+        return bool(learned)
+
+    def _may_learn(self, site: Site, context: Context) -> bool:
+        specs: dict[int, QuantSpec] = site.node.meta.get(IN, {})
+        data, weight = specs.get(site.x_index), specs.get(site.w_index)
+        if weight is None or data is None or data.observer != "dynamic":
+            return False
+        why = None
+        if len(site.weight.uses()) > 1:
+            why = "others read its weight too, and need it as it is"
+        elif not weight.symmetric or weight.qmin >= 0:
+            why = "its weight has a zero point"
+        if why is not None:
+            message = f"not distilled: {why}"
+            context.remark("declined", self.name, site.name, site.node.op_type, message)
+        return why is None
+
+    def _learn(self, site: Site, tokens: Rows, context: Context) -> list[Quantized]:
+        """The weight as it was learned; empty where rounding to nearest is as good."""
+        specs, target = site.node.meta[IN], context.target
+        spec: QuantSpec = specs[site.w_index]
+        nearest = quantize_site(site, spec, target.saturates, target.block_limit)
+        seen = rounded_data(tokens, specs[site.x_index], lowest=lowest_value(site.x))
+        test = slice(HELD_OUT - 1, None, HELD_OUT) if len(tokens) >= HELD_OUT else slice(None)
+        learners = np.ones(len(tokens), np.bool_)
+        learners[test] = len(tokens) < HELD_OUT
+        gram, cross = normal_equations(tokens[learners], seen[learners])
+
+        weight = array(site.weight)
+        assert weight is not None
+        w = np.asarray(reduction_rows(weight, site), np.float32)
+        steps = reduction_rows(np.broadcast_to(nearest.steps(), nearest.q.shape), site)
+        first = reduction_rows(nearest.q, site)
+        q = np.empty(w.shape, first.dtype)
+        for start in range(0, w.shape[1], COLUMNS):
+            part = (slice(None), slice(start, start + COLUMNS))
+            found = distilled(w[part], first[part], steps[part], gram, cross, spec, self.sweeps)
+            q[part] = _safe(found, first[part], nearest, spec, target)
+
+        y = tokens[test] @ w
+        before, after = (relative_noise(y, seen[test] @ (i * steps)) for i in (first, q))
+        release(site.weight)
+        numbers = {"noise": after, "undistilled": before}
+        op = site.node.op_type
+        if after >= before:
+            why = "not distilled: rounding to nearest serves unseen tokens as well"
+            context.remark("declined", self.name, site.name, op, why, **numbers)
+            return []
+        context.remark("applied", self.name, site.name, op, "distilled", **numbers)
+        return [replace(nearest, q=np.ascontiguousarray(q.T) if site.axis == 0 else q)]
+
+
+def _safe(q: Int, first: Int, nearest: Quantized, spec: QuantSpec, target: Target) -> Int:
+    """`q`, but `first` in columns where u8·s8 products could overflow; blocks are narrow enough."""
+    if not target.saturates or nearest.multiplier is not None or spec.width < 8:
+        return q
+    bad = can_saturate(q.astype(np.int32), 255).any(axis=0)
+    return np.where(bad, first, q)
+
+
+def _replace_weight(model: ir.Model, site: Site, student: Quantized) -> None:
+    """Make the site read the float values of its integers, computed when they are read."""
+    tensor, spec = constant(site.weight), site.node.meta[IN][site.w_index]
+    assert tensor is not None
+    values = ir.LazyTensor(
+        partial(_values, student, tensor.dtype),
+        dtype=tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        cache=False,
+    )
+    new = add_constant(model, f"{site.weight.name}_distilled", values)
+    new.meta[INTEGERS] = (spec, student)
+    site.node.replace_input_with(site.w_index, new)
+
+
+def _values(student: Quantized, dtype: ir.DataType) -> ir.TensorProtocol:
+    return ir.Tensor(student.float().astype(dtype.numpy()))
+
+
+def normal_equations(teacher: NDArray[Any], student: NDArray[Any]) -> tuple[Any, Any]:
+    """What the sum of squared errors over tokens depends on, each token at unit power.
+
+    Args:
+        teacher, student: data x and Q(x), (tokens, K).
+
+    Returns:
+        Q(x)ᵀQ(x) and Q(x)ᵀx, (K, K) each.
+    """
+    power = np.square(teacher).mean(axis=-1, keepdims=True)
+    even = np.where(power > 0, 1 / np.sqrt(np.maximum(power, 1e-30)), 0).astype(teacher.dtype)
+    x, qx = teacher * even, student * even
+    return qx.T @ qx, qx.T @ x
+
+
+def distilled(
+    w: NDArray[Any],
+    q: NDArray[Any],
+    steps: NDArray[Any],
+    gram: NDArray[Any],
+    cross: NDArray[Any],
+    spec: QuantSpec,
+    sweeps: int = 3,
+    damping: float = DAMPING,
+) -> NDArray[Any]:
+    """Integers at which Q(x) · (q · steps) is nearer to x · w: coordinate descent from `q`.
+
+    With v = q · steps, the error of a column is vᵀGv - 2vᵀCw + wᵀxᵀxw, damped by d·|v - w|². Along
+    one weight v_k it is least where its derivative is 0, at v_k + (Cw - Gv)_k / G_kk.
+
+    Args:
+        w: float weights, (K, N).
+        q, steps: integers to start from, and what one step of each is worth, (K, N).
+        gram, cross: G = Q(x)ᵀQ(x) and C = Q(x)ᵀx, (K, K).
+        spec: gives the range of the integers.
+        sweeps: how often each weight is visited.
+        damping: d, in units of the mean diagonal of G.
+
+    Returns:
+        integers like `q`; the error of no column, without damping, is larger than with `q`.
+    """
+    ridge = damping * gram.diagonal().mean()
+    wanted = cross @ w
+    damped = gram + ridge * np.eye(len(gram), dtype=gram.dtype)
+    curvature = np.maximum(damped.diagonal(), np.finfo(gram.dtype).tiny)
+    new = q.astype(gram.dtype)
+    residual = wanted + ridge * w - damped @ (new * steps)
+    for _ in range(sweeps):
+        for start in range(0, len(q), STRIP):
+            strip = slice(start, start + STRIP)
+            old, here, local = new[strip].copy(), residual[strip].copy(), damped[strip, strip]
+            for k, row in enumerate(range(start, start + len(here))):
+                best = np.rint(new[row] + here[k] / (curvature[row] * steps[row]))
+                best = np.clip(best, spec.qmin, spec.qmax)
+                here -= np.outer(local[:, k], (best - new[row]) * steps[row])
+                new[row] = best
+            residual -= damped[:, strip] @ ((new[strip] - old) * steps[strip])
+    errors = [(v * (gram @ v - 2 * wanted)).sum(axis=0) for v in (q * steps, new * steps)]
+    return np.where(errors[1] < errors[0], new, q).astype(q.dtype)

@@ -1,0 +1,76 @@
+"""What a product computes once it is quantized, in plain numpy: for passes that try candidates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qgraph.numerics import (
+    dequantize,
+    dequantize_per_token,
+    quantize,
+    quantize_per_token,
+    round_in_blocks,
+    scale_zero_point,
+    token_grid,
+)
+from qgraph.spec import PerAxis, PerBlock, PerToken, QuantSpec
+from qgraph.weights import FINE_BLOCKS, Quantized, quantize_in_blocks, quantize_in_slices
+
+Float = NDArray[np.float32]
+
+
+def rounded_data(
+    x: Float,
+    spec: QuantSpec,
+    span: tuple[float, float] | None = None,
+    lowest: float | None = None,
+) -> Float:
+    """Activations, quantized and back.
+
+    Args:
+        x: (tokens, channels).
+        spec: token by token, in blocks of a token, or with one scale.
+        span: range of a fixed scale; None: that of these tokens.
+        lowest: a bound below which values never are, for scales token by token.
+    """
+    if isinstance(spec.granularity, PerToken):
+        grid = token_grid(lowest)
+        return dequantize_per_token(*quantize_per_token(x, grid), grid)
+    if isinstance(spec.granularity, PerBlock):
+        return round_in_blocks(x, spec.granularity.size)
+    low, high = span or (x.min(), x.max())
+    scale, zero = scale_zero_point(np.float32(low), np.float32(high), spec)
+    return dequantize(quantize(x, scale, zero, spec.qmin, spec.qmax), scale, zero)
+
+
+def rounded_weight(w: Float, spec: QuantSpec) -> Float:
+    """A weight, quantized and back; products that could saturate are not looked for."""
+    if isinstance(spec.granularity, PerBlock):
+        limit = FINE_BLOCKS if spec.width == 8 else 127
+        return quantize_in_blocks(w, spec.granularity, spec, limit).float()
+    axis = spec.granularity.axis if isinstance(spec.granularity, PerAxis) else None
+    return Quantized(*quantize_in_slices(w, axis, spec), axis).float()
+
+
+def relative_noise(reference: NDArray[Any], other: NDArray[Any]) -> float:
+    """Power of the difference over power of the reference, with an eye on every token.
+
+    That is the geometric mean of two figures. In one, of all tokens together, a language model's
+    first token may outweigh the rest a thousand times; in the other, the mean of each token's own,
+    it counts no more than any other, though attention leans on it everywhere.
+
+    Args:
+        reference, other: (tokens, channels).
+
+    Returns:
+        0 or more; 0 for a reference of zeros.
+    """
+    signal = np.square(reference, dtype=np.float64).sum(axis=-1)
+    noise = np.square(np.subtract(reference, other, dtype=np.float64)).sum(axis=-1)
+    alive = signal > 0
+    if not alive.any():
+        return 0.0
+    return float(np.sqrt(noise.sum() / signal.sum() * (noise[alive] / signal[alive]).mean()))
