@@ -24,7 +24,9 @@ class OnnxTarget:
     """Standard Q/DQ and integer operators; nothing is measured, as any machine may run the result.
 
     Static quantization stays in Q/DQ form, which every integer runtime recognises. Dynamic products
-    become MatMulInteger: exact everywhere, and fused by onnxruntime to its fast kernels.
+    become MatMulInteger: exact everywhere, and fused by onnxruntime to its fast kernels. Weights in
+    blocks stay behind a DequantizeLinear with `block_size`; when onnxruntime optimizes, it runs
+    those of 4 bits as MatMulNBits, which rounds its data to 8 bits once more, block by block.
     """
 
     name: str = "onnx"
