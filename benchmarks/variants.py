@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import shutil
 import subprocess
 import warnings
@@ -48,7 +49,7 @@ def make(name: str, subject: Subject, model: Path, folder: Path) -> Variant:
     """Make one variant of the float `model` in `folder`; a failure becomes a note."""
     try:
         with quiet():
-            made = VARIANTS[name](subject, model, folder / name.replace(" ", "-"))
+            made = VARIANTS[name](subject, model, folder / re.sub(r"\W+", "-", name))
     except Exception as error:
         return Variant(name, note=_reason(error))
     return replace(made, name=name)

@@ -125,7 +125,7 @@ Level = Literal["O1", "O2", "O3"]
 def smoothquant(
     *,
     level: Level = "O1",
-    alpha: float | Literal["search"] = "search",
+    alpha: float | Literal["search", "auto"] = "auto",
     lkd: bool = True,
     bits: int = 8,
     min_sqnr: float = 25.0,
@@ -137,7 +137,8 @@ def smoothquant(
         level: how activations get their scales: O1 token by token at run time, O2 one for each run,
             O3 fixed by calibration. Faster and coarser from O1 to O3.
         alpha: share of the magnitude that moves into the weights, or `search` for the best one of
-            each input. The paper has one for the model, 0.5 mostly.
+            each input. The paper has one for the model, 0.5 mostly. `auto`: searched for O1; 0.5
+            for the others, whose shared scales suit other texts worse after a search.
         lkd: choose integers that imitate the float layers on calibration data (not in the paper).
         bits: bits of the weights, 2 to 8.
         min_sqnr: with O2 and O3, sites whose median token would keep less than this many dB get
@@ -147,6 +148,8 @@ def smoothquant(
     if level not in get_args(Level):
         raise QGraphError(f"level '{level}' is unknown: use one of {', '.join(get_args(Level))}")
     weight = _weight(bits)
+    if alpha == "auto":
+        alpha = "search" if level == "O1" else 0.5
     per_run = Rule(("matmul", "gemm"), weight, (PER_RUN, PER_TOKEN))
     annotate = {
         "O1": Annotate("dynamic", rules=tuple(rules), weight=weight),
@@ -180,7 +183,7 @@ def w8a8(
     *,
     alpha: float | Literal["search"] = 0.5,
     share: float = 0.03,
-    group_size: int = 64,
+    group_size: int = 128,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """INT8 transformers at the least loss: smoothed, in groups where that counts, outliers float.

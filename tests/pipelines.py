@@ -61,6 +61,12 @@ def annotate(scheme: Scheme = "dynamic", **parameters: object) -> tuple[Pass, ..
     return first if scheme == "dynamic" else (*first, InsertObservers(), Calibrate())
 
 
+def by_channel(scheme: Scheme = "dynamic", **parameters: object) -> tuple[Pass, ...]:
+    """The passes up to calibration of the channels of each product's data."""
+    first = (Canonicalize(), Annotate(scheme, **parameters))  # type: ignore[arg-type]
+    return (*first, InsertObservers(channel_ranges=True), Calibrate())
+
+
 def static(**parameters: object) -> tuple[Pass, ...]:
     """A static pipeline without bias correction."""
     return (*annotate("static", **parameters), GuardStatic(), *COMMIT)

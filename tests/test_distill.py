@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -66,7 +66,9 @@ def feeds(k: int = 32, count: int = 4) -> list[Mapping[str, np.ndarray]]:
     return [{"x": part} for part in np.split(mixed, count)]
 
 
-def noise(model: ir.Model, wanted: list[np.ndarray], data: list[Mapping[str, np.ndarray]]) -> float:
+def noise(
+    model: ir.Model, wanted: Sequence[np.ndarray], data: Sequence[Mapping[str, np.ndarray]]
+) -> float:
     found = [outputs(model, feed)[0] for feed in data]
     return -sqnr_db(np.concatenate(wanted), np.concatenate(found))
 
