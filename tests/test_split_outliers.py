@@ -18,11 +18,37 @@ from qgraph.passes.smooth import Smooth
 from qgraph.passes.split_outliers import SplitOutliers, outliers
 from tests.models import build, outputs, weight
 from tests.pipelines import COMMIT, apply, body, both, golden
-from tests.test_smooth import NORMED, RESIDUAL, data, norm, without_statistics
 
 OBSERVED = (Canonicalize(), Annotate("dynamic"), InsertObservers(channel_ranges=True), Calibrate())
+NORMED = """
+g (float[batch,6,32] x) => (float[batch,6,8] y) {
+  h = LayerNormalization <axis = -1> (x, gamma, beta)
+  y = MatMul (h, w)
+}"""
+RESIDUAL = """
+g (float[batch,6,32] x) => (float[batch,6,8] y, float[batch,6,32] r) {
+  h = LayerNormalization <axis = -1> (x, gamma, beta)
+  y = MatMul (h, w)
+  r = Relu (h)
+}"""
 PLAIN = """
 g (float[batch,6,32] x) => (float[batch,6,8] y) { y = MatMul (x, w) }"""
+
+
+def norm() -> tuple[ir.TensorProtocol, ...]:
+    """A norm with one large channel, and the weight behind it."""
+    gamma = np.ones(32, np.float32)
+    gamma[5] = 30
+    tensors = {"gamma": gamma, "beta": np.zeros(32, np.float32)}
+    return (*(ir.Tensor(a, name=n) for n, a in tensors.items()), weight("w", 32, 8))
+
+
+def data(seed: int = 0) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).standard_normal((4, 6, 32)).astype(np.float32)}
+
+
+def without_statistics(text: str) -> str:
+    return "\n".join(line.split("  //")[0] for line in text.splitlines())
 
 
 def wild(seed: int = 0, channel: int = 5, size: float = 50.0) -> dict[str, np.ndarray]:

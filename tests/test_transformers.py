@@ -22,7 +22,8 @@ CHUNKS = 6
 TEXTS: tuple[Text, ...] = ("handbook", "kjv")
 SMALLEST = 0.3
 """Share of the float model's size on disk."""
-SAME_TOKENS = 8
+NOISE = 0.01
+SAME_TOKENS = 4
 """Of 32 that are generated, how many are those of float before the texts part, on average."""
 
 
@@ -88,12 +89,11 @@ def perplexity(run: Runner, text: Text) -> float:
     ("recipe", "parameters", "loss"),
     [
         ("llm-int8", {}, 0.01),
-        ("zeroquant", {}, 0.015),
         ("smoothquant", {}, 0.01),
         ("smoothquant", {"level": "O3"}, 0.04),
-        ("w8a8", {}, 0.005),
+        ("w8a8", {}, 0.002),
     ],
-    ids=["llm-int8", "zeroquant", "smoothquant O1", "smoothquant O3", "w8a8"],
+    ids=["llm-int8", "smoothquant O1", "smoothquant O3", "w8a8"],
 )
 def test_smollm2(
     recipe: str,
@@ -107,8 +107,9 @@ def test_smollm2(
     path = qgraph.compile(model, recipe, feeds, **parameters).save(tmp_path / "out")
 
     run = tasks.session(path, threads=cores())
-    # Calibration never saw the second text; of so few chunks its loss is known to 0.5 %.
-    for text, most in zip(TEXTS, (loss, max(2 * loss, 0.02)), strict=True):
+    # Of so few chunks a loss is known to a percent; benchmarks/accuracy.py has twice as many.
+    # Calibration never saw the second text.
+    for text, most in zip(TEXTS, (loss + NOISE, 2 * loss + 2 * NOISE), strict=True):
         assert perplexity(run, text) <= (1 + most) * float_perplexity[text], text
     assert size(path) <= SMALLEST * size(model)
     assert generation.same_tokens(model, path, cores()) >= SAME_TOKENS
