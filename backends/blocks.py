@@ -40,8 +40,9 @@ def unpack_weights(model: ir.Model) -> bool:
         if dynamic_data(node) is None or q is None:
             continue
         if blocks is not None:
-            _unpack(model, node, q, blocks)
-            changed = True
+            if blocks.multiplier is not None:
+                _unpack(model, node, q, blocks)
+                changed = True
         elif q.dtype == ir.DataType.INT4 and not attribute(dq, "block_size", 0):
             changed |= _widen(model, node, dq, q)
     return changed
@@ -51,30 +52,32 @@ def fold_block_scales(model: ir.Model) -> bool:
     """Multiply the scales of blocks out, for runtimes that know blocked DequantizeLinear."""
     changed = False
     for _, dq in _weights(model):
-        if (blocks := blocks_of(dq)) is None:
+        blocks, q = blocks_of(dq), dq.inputs[0]
+        if blocks is None or blocks.multiplier is None or q is None:
             continue
-        scale = (blocks.multipliers * blocks.scale).astype(np.float32)
-        dq.replace_input_with(1, add_constant(model, f"{dq.inputs[0].name}_scale", scale))  # type: ignore[union-attr]
+        dq.replace_input_with(1, add_constant(model, f"{q.name}_scale", blocks.scales))
         changed = True
     return changed
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What insert-qdq wrote for a weight in blocks.
+    """What insert-qdq wrote for a weight in blocks, arrays with blocks along K as they are stored.
 
     Attributes:
-        multiplier: the value, one integer for each block.
-        multipliers: its array.
-        scale: float32, (1, N), or (N, 1) for a weight (N, K).
+        scales: float32, one for each block.
+        zeros: int32, one for each block, or None where all are 0.
         axis, size: of the blocks.
+        multiplier: int8 or int32, what `scales` are multiples by of `column`; None: of nothing.
+        column: float32, the scale of each column, or None.
     """
 
-    multiplier: ir.Value
-    multipliers: np.ndarray
-    scale: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
     axis: int
     size: int
+    multiplier: ir.Value | None = None
+    column: np.ndarray | None = None
 
 
 def _weights(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
@@ -88,17 +91,27 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
 
 
 def blocks_of(dq: ir.Node) -> Blocks | None:
+    """The blocks that a DequantizeLinear with `block_size` reads; None if it is another one."""
+    size, axis = int(attribute(dq, "block_size", 0)), int(attribute(dq, "axis", 1)) % 2
+    if not size or len(dims(dq.inputs[0])) != 2:
+        return None
+    zeros = array(dq.inputs[2]) if len(dq.inputs) > 2 else None
+    if zeros is not None:
+        zeros = np.asarray(zeros, np.int32)
+    scales = array(dq.inputs[1])
+    if scales is not None:
+        return Blocks(scales, zeros, axis, size)
     product = dq.inputs[1].producer() if dq.inputs[1] is not None else None
-    if not is_op(product, "Mul") or product is None or not attribute(dq, "block_size", 0):
+    if not is_op(product, "Mul") or product is None:
         return None
     cast = product.inputs[0].producer() if product.inputs[0] is not None else None
     if not is_op(cast, "Cast") or cast is None or cast.inputs[0] is None:
         return None
-    multipliers, scale = array(cast.inputs[0]), array(product.inputs[1])
-    if multipliers is None or scale is None or multipliers.ndim != 2:
+    multipliers, column = array(cast.inputs[0]), array(product.inputs[1])
+    if multipliers is None or column is None or multipliers.ndim != 2:
         return None
-    axis, size = int(attribute(dq, "axis", 1)) % 2, int(attribute(dq, "block_size", 0))
-    return Blocks(cast.inputs[0], multipliers, scale, axis, size)
+    scales = (multipliers * column).astype(np.float32)
+    return Blocks(scales, zeros, axis, size, cast.inputs[0], column)
 
 
 def _widen(model: ir.Model, node: ir.Node, dq: ir.Node, q: ir.Value) -> bool:
@@ -121,6 +134,8 @@ def _int8(model: ir.Model, anchor: ir.Node, value: ir.Value) -> ir.Value:
 
 def _unpack(model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks) -> None:
     k, base = dims(q)[blocks.axis] or 0, q.name
+    assert blocks.multiplier is not None
+    assert blocks.column is not None
     owner = shared_constant(
         model, f"qgraph/blocks_{k}_{blocks.size}", np.arange(k, dtype=np.int64) // blocks.size
     )
@@ -130,7 +145,7 @@ def _unpack(model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks) -> None
     )  # fmt: skip
     factors = [_int8(model, node, q), _typed(spread, q)]
     columns = _typed(insert(model, node, "Mul", factors, base=f"{base}_columns"), q)
-    scale = add_constant(model, f"{base}_column_scale", blocks.scale.reshape(-1))
+    scale = add_constant(model, f"{base}_column_scale", blocks.column.reshape(-1))
     made = insert(
         model, node, "DequantizeLinear", [columns, scale],
         base=f"{base}_columns_dq", attributes={"axis": 1 - blocks.axis},

@@ -1,31 +1,35 @@
-"""Products whose weights are in blocks, on onnxruntime's kernel for them."""
+"""Products with activations in blocks, on onnxruntime's kernel for weights of few bits."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.backends.blocks import Blocks, blocks_of
+from qgraph.backends.blocks import blocks_of
 from qgraph.backends.lowering import MICROSOFT, gemm_bias
 from qgraph.functions import ROUND_IN_BLOCKS, is_call
 from qgraph.graph import array, attribute, insert, is_op, nodes, redirect, shared_constant
+from qgraph.numerics import pack
 
 INT8_COMPUTE = 4
 """The accuracy level at which MatMulNBits rounds activations to int8, block by block."""
-INT8_BLOCKS = (16, 32, 64, 128, 256)
-"""Sizes of blocks for which it does so; the kernel for others multiplies floats."""
+INT8_BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}
+"""Sizes of blocks for which it does so, by bits of the weights; for others it multiplies floats."""
 
 
 def lower_block_products(model: ir.Model) -> bool:
-    """Products of activations and weights that are both in blocks become MatMulNBits.
+    """Products of activations in blocks and weights of few bits become MatMulNBits.
 
     ::
 
         x ── RoundInBlocks ── MatMul ── y          x ── MatMulNBits(accuracy_level=4) ── y
-        W:int8 ── DQ <block_size> ──┘              W:uint8 (N, blocks, size) ──┘
+        W:int4 ── DQ <block_size> ──┘              W:uint8 (N, blocks, size / 2) ──┘
 
     The kernel finds the scales of activations itself and multiplies in integers. Its weights are
-    unsigned, 128 being zero.
+    unsigned, the middle of their range being zero, and take 2, 4 or 8 bits, as few as they need.
+    Weights with a scale for each channel have it in each block.
     """
     changed = False
     for node in nodes(model):
@@ -34,29 +38,103 @@ def lower_block_products(model: ir.Model) -> bool:
         rounded, dq = node.inputs[0].producer(), node.inputs[1].producer()
         if rounded is None or dq is None or not is_call(rounded, ROUND_IN_BLOCKS):
             continue
-        blocks = blocks_of(dq) if is_op(dq, "DequantizeLinear") else None
-        if blocks is not None:
-            _lower(model, node, rounded.inputs[0], dq, blocks)
+        columns = _columns(node, dq, rounded) if is_op(dq, "DequantizeLinear") else None
+        if columns is not None:
+            _lower(model, node, rounded.inputs[0], dq.inputs[0], columns)
             changed = True
     return changed
 
 
-def _lower(model: ir.Model, node: ir.Node, x: ir.Value | None, dq: ir.Node, blocks: Blocks) -> None:
-    q, weight, base = array(dq.inputs[0]), dq.inputs[0], node.outputs[0].name
-    assert q is not None
+@dataclass(frozen=True)
+class _Columns:
+    """A weight for the kernel.
+
+    Attributes:
+        q: int16, (N, K).
+        scales: float32, (N, blocks).
+        zeros: int32, (N, blocks), or None where all are 0.
+        size: of blocks.
+    """
+
+    q: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+    size: int
+
+
+def _columns(node: ir.Node, dq: ir.Node, rounded: ir.Node) -> _Columns | None:
+    block, q = array(rounded.inputs[1]), array(dq.inputs[0])
+    if block is None or q is None or q.ndim != 2 or attribute(node, "transA", 0):
+        return None
+    size, k_axis = int(block[-1]), 1 if attribute(node, "transB", 0) else 0
+    q = np.asarray(q, np.int16)
+    blocks = blocks_of(dq)
+    if blocks is None:
+        found = _per_channel(dq, 1 - k_axis, -(-q.shape[k_axis] // size))
+        if found is None:
+            return None
+        scales, zeros = found
+        if k_axis:
+            scales, zeros = scales.T, None if zeros is None else zeros.T
+    elif blocks.size == size and blocks.axis == k_axis:
+        scales, zeros = blocks.scales, blocks.zeros
+    else:
+        return None
+    if not k_axis:
+        q, scales, zeros = q.T, scales.T, None if zeros is None else zeros.T
+    return _Columns(q, scales * np.float32(attribute(node, "alpha", 1.0)), zeros, size)
+
+
+def _per_channel(dq: ir.Node, axis: int, count: int) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """The scales and zero points of channels, repeated for each block: (count, N)."""
+    scale, zero = array(dq.inputs[1]), array(dq.inputs[2]) if len(dq.inputs) > 2 else None
+    if scale is None or scale.ndim != 1 or attribute(dq, "axis", 1) % 2 != axis:
+        return None
+    scales = np.broadcast_to(scale, (count, scale.size))
+    if zero is None or not np.asarray(zero, np.int32).any():
+        return scales, None
+    return scales, np.broadcast_to(np.asarray(zero, np.int32), scales.shape)
+
+
+def fewest_bits(q: np.ndarray, zeros: np.ndarray | None, size: int) -> int:
+    """2, 4 or 8: as many as hold these integers, signed ones if there are no zero points, and as
+    the kernel takes in blocks of this size."""
+    values = q if zeros is None else np.concatenate([q.reshape(-1), zeros.reshape(-1)])
+    low, high = int(values.min()), int(values.max())
+    for bits in (b for b in (2, 4) if size in INT8_BLOCKS[b]):
+        half = 1 << (bits - 1)
+        if (-half <= low and high < half) or (zeros is not None and low >= 0 and high < 2 * half):
+            return bits
+    return 8
+
+
+def _lower(
+    model: ir.Model, node: ir.Node, x: ir.Value | None, weight: ir.Value | None, columns: _Columns
+) -> None:
     assert weight is not None
-    scales = blocks.multipliers * blocks.scale * np.float32(attribute(node, "alpha", 1.0))
-    columns, scales = (q, scales) if blocks.axis else (q.T, scales.T)
-    n, k = columns.shape
-    packed = np.ascontiguousarray(columns).view(np.uint8) ^ 0x80
+    base, (n, k), size = node.outputs[0].name, columns.q.shape, columns.size
+    bits = fewest_bits(columns.q, columns.zeros, size)
+    middle = 1 << (bits - 1)
+    signed = int(columns.q.min()) < 0 or columns.zeros is None
+    lift = middle if signed else 0
+    count = columns.scales.shape[1]
+    filled = np.full((n, count * size), 0, np.uint8)
+    filled[:, :k] = columns.q + lift
     inputs = [
         x,
         # Layers may share a weight.
-        shared_constant(model, f"{weight.name}_packed", packed.reshape(n, -1, blocks.size)),
-        shared_constant(model, f"{weight.name}_scales", np.ascontiguousarray(scales, np.float32)),
+        shared_constant(
+            model, f"{weight.name}_packed", pack(filled, bits).reshape(n, count, size * bits // 8)
+        ),
+        shared_constant(
+            model, f"{weight.name}_scales", np.ascontiguousarray(columns.scales, np.float32)
+        ),
     ]
+    if columns.zeros is not None:
+        zeros = pack((columns.zeros + lift).astype(np.uint8), bits)
+        inputs.append(shared_constant(model, f"{weight.name}_zeros", zeros.reshape(n, -1)))
     attributes = {
-        "K": k, "N": n, "bits": 8, "block_size": blocks.size, "accuracy_level": INT8_COMPUTE,
+        "K": k, "N": n, "bits": bits, "block_size": size, "accuracy_level": INT8_COMPUTE,
     }  # fmt: skip
     made = insert(
         model, node, "MatMulNBits", inputs,

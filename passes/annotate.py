@@ -51,7 +51,7 @@ class Rule:
             `PerBlock` its other one), or None to keep the site float. Weights that cannot be in
             blocks or 4-bit integers get 8 bits and a scale for each channel.
         activations: how to quantize the data, best first: the first that the target runs faster
-            than float is taken. Empty: only the weight is quantized.
+            than float is taken. None, or nothing at all: only the weight is quantized.
         layers: glob on the site's name.
         where: which of these sites, by what surrounds them (:func:`qgraph.mlp.in_mlp`); None: all.
         why: reason given for a site kept float.
@@ -59,7 +59,7 @@ class Rule:
 
     kinds: tuple[SiteKind, ...]
     weight: QuantSpec | None
-    activations: tuple[QuantSpec, ...] = ()
+    activations: tuple[QuantSpec | None, ...] = ()
     layers: str = "*"
     where: Callable[[Site], bool] | None = None
     why: str = "kept float by a rule of the recipe"
@@ -104,6 +104,7 @@ _RECURRENT = (
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 SMALL_INTEGERS = 21
 """Opset from which on DequantizeLinear takes blocks and 4-bit integers."""
+_NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 SMALL_TABLE = 1 << 16
 """A lookup table of fewer bytes is not worth quantizing."""
 
@@ -224,7 +225,7 @@ def _own(weight: QuantSpec, site: Site) -> Iterator[QuantSpec]:
         yield weight.with_(granularity=per_channel)
     else:
         yield weight
-    if isinstance(weight.granularity, PerBlock) or weight.dtype == ir.DataType.INT4:
+    if isinstance(weight.granularity, PerBlock) or weight.dtype in _NIBBLES:
         yield WEIGHT.with_(granularity=per_channel)
 
 
@@ -232,12 +233,15 @@ def _unwritable(
     weight: QuantSpec, activation: QuantSpec | None, site: Site, version: int
 ) -> str | None:
     """Why the weight cannot be written like this, or None."""
-    if not isinstance(weight.granularity, PerBlock) and weight.dtype != ir.DataType.INT4:
+    if not isinstance(weight.granularity, PerBlock) and weight.dtype not in _NIBBLES:
         return None
     if site.kind not in ("matmul", "gemm"):
         return f"blocks and 4-bit integers are for products, not for {site.node.op_type}"
     if activation is not None and activation.observer != "dynamic":
         return "no runtime multiplies blocks or 4-bit integers by data with a fixed scale"
+    columns = activation is not None and not isinstance(activation.granularity, PerBlock)
+    if columns and not weight.symmetric:
+        return "kernels for int8 columns know no zero points of weights"
     if version < SMALL_INTEGERS:
         return f"opset {version} knows no blocks or 4-bit integers: convert-opset to 21 first"
     return None

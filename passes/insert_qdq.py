@@ -55,8 +55,10 @@ class InsertQDQ(Pass):
     that it cannot, at the least squared error.
     Specs and statistics are deleted: from here on, the graph is the only truth.
 
-    Weights in blocks get the scale of a block as an integer times the scale of its column, so that
-    integers remain where a kernel knows nothing but columns (:func:`numerics.quantize_blocks`)::
+    Weights in blocks are behind a DequantizeLinear with `block_size`, each block with a scale, and
+    a zero point if any is not 0. Beside data with one scale for a token, the scale of a block is an
+    integer times the scale of its column, so that integers remain where a kernel knows nothing but
+    columns (:func:`numerics.quantize_blocks`)::
 
         multiplier:int8 (K / size, N) ── Cast ── Mul(scale (1, N)) ──┐
         W:int4 (K, N) ───────────────────── DQ <block_size = size> ── MatMul
@@ -106,8 +108,8 @@ class _Integers:
 
     Attributes:
         q, scale: integers and what one step of them is worth.
-        zero: zero points, None for weights in blocks.
-        multiplier: what `scale` is multiplied by in each block, None for weights not in blocks.
+        zero: zero points, None where blocks have none but 0.
+        multiplier: what `scale` is multiplied by in each block, or None.
         attributes: of the DequantizeLinear that reads them.
     """
 
@@ -228,6 +230,10 @@ class _Commit:
             narrow = weight.multiplier.astype(np.min_scalar_type(-int(weight.multiplier.max())))
             multiplier = add_constant(self.model, f"{base}_multiplier", narrow)
             return _Integers(q, scale, None, multiplier, attributes)
+        if weight.block:
+            attributes["block_size"] = weight.block
+            if not weight.zero.any():
+                return _Integers(q, scale, None, None, attributes)
         zeros = weight.zero.astype(weight.q.dtype)
         zero = add_constant(self.model, f"{base}_zero", zeros, spec.dtype)
         return _Integers(q, scale, zero, None, attributes)

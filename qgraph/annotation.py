@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -82,11 +83,13 @@ def static_spec(value: ir.Value) -> QuantSpec | None:
     return next(iter(static_specs(value)), None)
 
 
-def product_groups(model: ir.Model) -> dict[ir.Value, list[Site]]:
+def product_groups(
+    model: ir.Model, annotated: Literal["data", "weight"] = "data"
+) -> dict[ir.Value, list[Site]]:
     """The MatMul and Gemm of the main graph by the data that they share.
 
-    Only data that at least one of them is annotated to quantize; the others are there too, since
-    whoever changes the data must see all of its readers.
+    Only groups in which at least one is annotated to quantize its data, or its weight; the others
+    are there too, since whoever changes the data must see all of its readers.
     """
     groups: dict[ir.Value, list[Site]] = {}
     for node in model.graph:
@@ -96,7 +99,10 @@ def product_groups(model: ir.Model) -> dict[ir.Value, list[Site]]:
     return {
         x: found
         for x, found in groups.items()
-        if any(site.x_index in site.node.meta.get(IN, {}) for site in found)
+        if any(
+            (site.x_index if annotated == "data" else site.w_index) in site.node.meta.get(IN, {})
+            for site in found
+        )
     }
 
 

@@ -70,12 +70,19 @@ def _round_in_blocks(version: int) -> ir.Function:
     """(x, block, step, floor) -> x: see `qgraph.numerics.round_in_blocks`; block is [-1, size]."""
     inputs, body = [ir.Value(name=name) for name in ("x", "block", "step", "floor")], _Body()
     x, block, step, floor = inputs
-    shape = body.op("Shape", x)
-    blocks = body.op("Reshape", x, block)
+    last, none = (body.constant(np.array([i], np.int64)) for i in (-1, 0))
+    size = body.op("Gather", block, body.constant(np.array([1], np.int64)))
+    channels = body.op("Gather", body.op("Shape", x), last)
+    spare = body.op("Mod", body.op("Neg", channels), size)  # the last block may be shorter
+    lead = body.op("Slice", body.op("Shape", x), none, last)
+    filling = body.op("ConstantOfShape", body.op("Concat", lead, spare, axis=0))
+    padded = body.op("Concat", x, filling, axis=-1)
+    blocks = body.op("Reshape", padded, block)
     largest = body.op("Max", body.max_last(body.op("Abs", blocks), version), floor)
     scale = body.op("Mul", largest, step)
     rounded = body.op("Mul", body.op("Round", body.op("Div", blocks, scale)), scale)
-    y = body.op("Reshape", rounded, shape)
+    padded = body.op("Reshape", rounded, body.op("Shape", padded))
+    y = body.op("Slice", padded, none, channels, last)
     return _function(ROUND_IN_BLOCKS, inputs, [y], body, version)
 
 

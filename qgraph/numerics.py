@@ -29,6 +29,8 @@ bias, is still a normal float32."""
 INT32_MAX = 2**31 - 1
 BLOCK_CLIPPING = (1.0, 0.93, 0.87, 0.81, 0.75)
 """Shares of a block's range that are tried: with few bits, finer steps are worth a clipped peak."""
+GROUP_CLIPPING = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
+"""The same for blocks with scales of their own."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,57 @@ def quantize_blocks(w: Float, size: int, spec: QuantSpec, limit: int) -> tuple[I
     return q, multiplier, scale
 
 
+def quantize_groups(w: Float, size: int, spec: QuantSpec) -> tuple[Int, Float, Int]:
+    """Round-to-nearest of a matrix in blocks, each with a scale of its own.
+
+    In symmetric blocks the value of largest magnitude becomes the lowest integer, -8 at 4 bits,
+    which has no counterpart: scales can be negative, and steps are a seventh finer.
+
+    Args:
+        w: (K, N).
+        size: rows of a block; the last one may be shorter.
+        spec: integer range and symmetry; `observer="mse"` shrinks each block's range as far as its
+            squared error gains by it, anything else covers the whole range.
+
+    Returns:
+        q (int32, (K, N)), scale (float32) and zero point (int32), (blocks, N) each;
+        w ≈ (q - blockwise(zero)) · blockwise(scale).
+    """
+    starts = np.arange(0, w.shape[0], size)
+    low = np.minimum.reduceat(w, starts, axis=0)
+    high = np.maximum.reduceat(w, starts, axis=0)
+    qmin = group_qmin(spec)
+    best, q = np.full(low.shape, np.inf), np.zeros(w.shape, np.int32)
+    scale, zero = np.empty(low.shape, np.float32), np.zeros(low.shape, np.int32)
+    for ratio in GROUP_CLIPPING if spec.observer == "mse" else (1.0,):
+        tried = group_scales(low * np.float32(ratio), high * np.float32(ratio), spec)
+        wide_scale, wide_zero = (
+            blockwise(tried[0], size, len(w)), blockwise(tried[1], size, len(w))
+        )  # fmt: skip
+        rounded = quantize(w, wide_scale, wide_zero, qmin, spec.qmax)
+        noise = np.square((rounded - wide_zero) * wide_scale - w, dtype=np.float32)
+        error = np.add.reduceat(noise, starts, axis=0)
+        better = error < best
+        best = np.where(better, error, best)
+        scale, zero = np.where(better, tried[0], scale), np.where(better, tried[1], zero)
+        q = np.where(blockwise(better, size, w.shape[0]), rounded, q)
+    return q, scale.astype(np.float32), zero
+
+
+def group_qmin(spec: QuantSpec) -> int:
+    """The lowest integer of weights in blocks with scales of their own: the dtype's own."""
+    return -spec.qmax - 1 if spec.symmetric and spec.qmin < 0 else spec.qmin
+
+
+def group_scales(low: Float, high: Float, spec: QuantSpec) -> tuple[Float, Int]:
+    """Scale and zero point of blocks that range from low to high: see :func:`quantize_groups`."""
+    if not (spec.symmetric and spec.qmin < 0):
+        return scale_zero_point(low, high, spec)
+    scale = np.where(high > -low, high, low) / np.float32(group_qmin(spec))
+    scale = np.where(np.abs(scale) < SMALLEST_SCALE, SMALLEST_SCALE, scale)
+    return scale.astype(np.float32), np.zeros(scale.shape, np.int32)
+
+
 def quantize_per_token(x: Float, grid: TokenGrid = SYMMETRIC_GRID) -> tuple[Int, Float]:
     """ZeroQuant's token-wise activations, in uint8 with a fixed zero point.
 
@@ -235,13 +288,15 @@ def round_in_blocks(x: Float, size: int) -> Float:
     What kernels for weights in blocks do to the activations that they meet: symmetric, 255 levels.
 
     Args:
-        x: any shape; the last axis is one token's vector, a multiple of `size` long.
+        x: any shape; the last axis is one token's vector, whose last block may be shorter.
     """
-    blocks = x.reshape(-1, size)
+    spare = -x.shape[-1] % size
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)])
+    blocks = padded.reshape(-1, size)
     largest = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True), SMALLEST_SCALE)
     scale = (largest * np.float32(1 / 127)).astype(np.float32)
     rounded: Float = (np.rint(blocks / scale) * scale).astype(np.float32)
-    return rounded.reshape(x.shape)
+    return rounded.reshape(padded.shape)[..., : x.shape[-1]]
 
 
 def quantize_bias(bias: Float, x_scale: Scale, w_scale: Scale) -> tuple[Int, Float]:
@@ -342,6 +397,23 @@ def sqnr_db(reference: NDArray[np.generic], other: NDArray[np.generic]) -> float
     if noise == 0.0:
         return float("inf")
     return 10 * float(np.log10(signal / noise)) if signal else float("-inf")
+
+
+def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Values of 2, 4 or 8 bits in bytes, the first in the low bits; each row ends with its byte.
+
+    Args:
+        q: (rows, count), values below 2^bits.
+
+    Returns:
+        (rows, ceil(count · bits / 8)).
+    """
+    each = 8 // bits
+    padded = np.pad(q, [(0, 0), (0, -q.shape[1] % each)])
+    packed = padded[:, ::each].copy()
+    for place in range(1, each):
+        packed |= padded[:, place::each] << np.uint8(place * bits)
+    return packed
 
 
 def pack_int4(q: Int) -> NDArray[np.uint8]:

@@ -36,7 +36,7 @@ from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.lower import Lower
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.split_outliers import SplitOutliers
-from qgraph.spec import PerBlock, QuantSpec, RangeMethod
+from qgraph.spec import PerAxis, PerBlock, QuantSpec, RangeMethod
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,60 @@ def _in_groups(bits: int, group_size: int | Literal["auto"]) -> QuantSpec:
     return weight.with_(granularity=PerBlock(0, size)) if size else weight
 
 
+def rtn(
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    observer: WeightRange = "absmax",
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits, rounded to nearest; needs no data.
+
+    Args:
+        bits: bits of the weights. Tables keep 8; 3 are stored and run as 4, which is all there is.
+        group_size: input channels that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points; with them, 4 bits and fewer are some percent more exact.
+        observer: `mse` shrinks ranges as far as the squared error gains by it, `absmax` does not.
+        rules: which sites to treat otherwise.
+    """
+    steps = _weight_only(bits, group_size, symmetric, observer, rules)
+    return Recipe("rtn", (*FLOAT_STAGE, *steps, *_commit()))
+
+
+WeightRange = Literal["mse", "absmax"]
+
+
+def _weight_only(
+    bits: int, group_size: int, symmetric: bool, observer: WeightRange, rules: Sequence[Rule]
+) -> tuple[Pass, ...]:
+    """Weights of few bits for kernels that round activations in the same blocks, where there are
+    such kernels, and for float activations elsewhere."""
+    weight = _few_bits(bits, group_size, symmetric, observer)
+    sizes = (group_size,) if group_size else (128, 64, 32)
+    blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
+    products = Rule(("matmul", "gemm"), weight, (*blocks, PER_TOKEN, None))
+    return ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, products))
+
+
+def _few_bits(bits: int, group_size: int, symmetric: bool, observer: WeightRange) -> QuantSpec:
+    _weight(bits)  # refuses what is out of range
+    if observer not in get_args(WeightRange):
+        known = ", ".join(get_args(WeightRange))
+        raise QGraphError(f"observer '{observer}' is unknown for weights: use one of {known}")
+    signed, unsigned = ir.DataType.INT8, ir.DataType.UINT8
+    if bits <= 4:
+        signed, unsigned = ir.DataType.INT4, ir.DataType.UINT4
+    size = _checked(group_size)
+    return QuantSpec(
+        signed if symmetric else unsigned,
+        PerBlock(0, size) if size else PerAxis(0),
+        symmetric,
+        observer,
+        bits=0 if bits in (4, 8) else bits,
+    )
+
+
 _OUTPUT_SPLIT = SplitOutliers(0.0, share=0.02, outputs=True)
 """A language model's last product is its most sensitive one, and smoothing leaves outliers."""
 
@@ -286,6 +340,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "static": static,
     "dynamic": dynamic,
     "llm-int8": llm_int8,
+    "rtn": rtn,
     "smoothquant": smoothquant,
     "w8a8": w8a8,
     "zeroquant": zeroquant,

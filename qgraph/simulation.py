@@ -17,14 +17,20 @@ from qgraph.numerics import (
     token_grid,
 )
 from qgraph.spec import PerAxis, PerBlock, PerToken, QuantSpec
-from qgraph.weights import FINE_BLOCKS, Quantized, quantize_in_blocks, quantize_in_slices
+from qgraph.weights import (
+    Quantized,
+    has_own_scales,
+    quantize_in_blocks,
+    quantize_in_groups,
+    quantize_in_slices,
+)
 
 Float = NDArray[np.float32]
 
 
 def rounded_data(
     x: Float,
-    spec: QuantSpec,
+    spec: QuantSpec | None,
     span: tuple[float, float] | None = None,
     lowest: float | None = None,
 ) -> Float:
@@ -32,10 +38,12 @@ def rounded_data(
 
     Args:
         x: (tokens, channels).
-        spec: token by token, in blocks of a token, or with one scale.
+        spec: token by token, in blocks of a token, or with one scale; None: not quantized.
         span: range of a fixed scale; None: that of these tokens.
         lowest: a bound below which values never are, for scales token by token.
     """
+    if spec is None:
+        return x
     if isinstance(spec.granularity, PerToken):
         grid = token_grid(lowest)
         return dequantize_per_token(*quantize_per_token(x, grid), grid)
@@ -46,11 +54,13 @@ def rounded_data(
     return dequantize(quantize(x, scale, zero, spec.qmin, spec.qmax), scale, zero)
 
 
-def rounded_weight(w: Float, spec: QuantSpec) -> Float:
-    """A weight, quantized and back; products that could saturate are not looked for."""
+def rounded_weight(w: Float, spec: QuantSpec, data: QuantSpec | None) -> Float:
+    """A weight, quantized for data with this spec, and back; products that could saturate are not
+    looked for."""
     if isinstance(spec.granularity, PerBlock):
-        limit = FINE_BLOCKS if spec.width == 8 else 127
-        return quantize_in_blocks(w, spec.granularity, spec, limit).float()
+        if has_own_scales(data):
+            return quantize_in_groups(w, spec.granularity, spec).float()
+        return quantize_in_blocks(w, spec.granularity, spec, 127).float()
     axis = spec.granularity.axis if isinstance(spec.granularity, PerAxis) else None
     return Quantized(*quantize_in_slices(w, axis, spec), axis).float()
 

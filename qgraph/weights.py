@@ -20,6 +20,7 @@ from qgraph.numerics import (
     dequantize,
     quantize,
     quantize_blocks,
+    quantize_groups,
     quantize_unsaturated,
     quantize_weight,
     scale_zero_point,
@@ -30,11 +31,16 @@ from qgraph.spec import Granularity, PerAxis, PerBlock, PerTensor, QuantSpec
 
 CHUNK_BYTES = 16 << 20
 """Weights are quantized in slices of about this size, so that temporaries stay small."""
-FINE_BLOCKS = 1 << 20
-"""Limit of integer times multiplier where it is a float that a kernel sees: scales as fine as that
-are as good as any."""
-NUMPY = {ir.DataType.INT8: np.int8, ir.DataType.UINT8: np.uint8, ir.DataType.INT4: np.int8}
+CACHED_BYTES = 1 << 18
+"""Where many candidates are tried, slices of this size, so that they stay in the CPU's cache."""
+NUMPY = {
+    ir.DataType.INT8: np.int8,
+    ir.DataType.UINT8: np.uint8,
+    ir.DataType.INT4: np.int8,
+    ir.DataType.UINT4: np.uint8,
+}
 """Array types that hold the integers; onnx-ir packs those of 4 bits when it writes them."""
+_NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +49,15 @@ class Quantized:
 
     Attributes:
         q: int8 or uint8, shape of the weight.
-        scale: float32, 1-D along `axis`, or 0-D; of blocks (1, N), or (N, 1) for a weight (N, K).
+        scale: float32, 1-D along `axis`, or 0-D. Of blocks: one for each, (blocks, N), or
+            (N, blocks) for a weight (N, K); with multipliers one for each column, (1, N) or (N, 1).
         zero: zero point, int32, shape of scale.
         axis: output-channel axis, or None for one scale; of blocks the axis K that they divide.
         repaired: channels requantized so that no u8·s8 pair can overflow int16.
         block: elements along `axis` that share a scale, 0 where the weight is not in blocks.
-        multiplier: int32, what the scale of each block is multiplied by, one for each of them.
+        multiplier: int32 (blocks, N) or (N, blocks), what the scale of a column is multiplied by in
+            each of its blocks, for kernels that know nothing but int8 columns; None: blocks have
+            scales of their own.
     """
 
     q: np.ndarray
@@ -63,17 +72,25 @@ class Quantized:
         """What one step of each integer is worth: float32, broadcasts against `q`."""
         if self.axis is None:
             return self.scale
-        if self.multiplier is None:
+        if not self.block:
             return along(self.scale, self.axis, self.q.ndim)
-        steps = (self.multiplier * self.scale).astype(np.float32)
-        if self.axis:
-            return blockwise(steps.T, self.block, self.q.shape[1]).T
-        return blockwise(steps, self.block, self.q.shape[0])
+        steps = self.scale if self.multiplier is None else self.multiplier * self.scale
+        return self._blockwise(steps.astype(np.float32))
+
+    def zeros(self) -> np.ndarray:
+        """The zero point of each integer: int32, broadcasts against `q`."""
+        if self.block and self.multiplier is None:
+            return self._blockwise(self.zero)
+        return self.zero if self.zero.ndim != 1 else along(self.zero, self.axis or 0, self.q.ndim)
 
     def float(self) -> np.ndarray:
         """What the integers stand for."""
-        zero = self.zero if self.zero.ndim != 1 else along(self.zero, self.axis or 0, self.q.ndim)
-        return dequantize(self.q, self.steps(), zero)
+        return dequantize(self.q, self.steps(), self.zeros())
+
+    def _blockwise(self, values: np.ndarray) -> np.ndarray:
+        if self.axis:
+            return blockwise(values.T, self.block, self.q.shape[1]).T
+        return blockwise(values, self.block, self.q.shape[0])
 
 
 def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
@@ -102,14 +119,14 @@ def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
 def _writable(spec: QuantSpec, *kinds: type[Granularity]) -> QuantSpec:
     """`spec`, if insert-qdq can write it."""
     if isinstance(spec.granularity, PerBlock):
-        known = spec.symmetric and spec.dtype in (ir.DataType.INT8, ir.DataType.INT4)
+        known = spec.dtype in NUMPY
     else:
-        known = spec.dtype in NUMPY and (spec.dtype != ir.DataType.INT4 or PerAxis in kinds)
+        known = spec.dtype in NUMPY and (PerAxis in kinds or spec.dtype not in _NIBBLES)
     if known and isinstance(spec.granularity, kinds):
         return spec
     raise PipelineError(
-        f"insert-qdq cannot write '{spec}': weights are int8, uint8 or int4, per-tensor, per-axis "
-        "or in symmetric blocks of a matrix, static activations int8 or uint8, per-tensor"
+        f"insert-qdq cannot write '{spec}': weights are integers of 4 or 8 bits, per-tensor, "
+        "per-axis or in blocks of a matrix, static activations int8 or uint8, per-tensor"
     )
 
 
@@ -135,8 +152,14 @@ def quantize_site(
     granularity = _writable(spec, *kinds).granularity
     if isinstance(granularity, PerBlock):
         given: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
-        fine = given is not None and isinstance(given.granularity, PerBlock)
-        return quantize_in_blocks(w, granularity, spec, FINE_BLOCKS if fine else block_limit)
+        if has_own_scales(given):
+            return quantize_in_groups(w, granularity, spec)
+        if not spec.symmetric or spec.qmin >= 0:
+            raise PipelineError(
+                f"'{spec}' has zero points, which int8 columns do not know: use symmetric weights, "
+                "or data in blocks"
+            )
+        return quantize_in_blocks(w, granularity, spec, block_limit)
     axis = granularity.axis if isinstance(granularity, PerAxis) else None
     data: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
     fixed = activation_scale(site.x) if data is not None and data.observer != "dynamic" else None
@@ -147,6 +170,12 @@ def quantize_site(
         largest = 255 if fixed is None else _largest_pairs(site, *fixed)
         repaired = unsaturated(w, q, scale, site, largest)
     return Quantized(q, scale, zero, axis, repaired)
+
+
+def has_own_scales(data: QuantSpec | None) -> bool:
+    """Whether each block of a weight can have any scale: its product with data of this spec is made
+    by a kernel that knows blocks, not by one for int8 columns."""
+    return data is None or isinstance(data.granularity, PerBlock)
 
 
 def _largest_pairs(site: Site, scale: np.ndarray, zero: np.ndarray) -> int | np.ndarray:
@@ -223,6 +252,27 @@ def quantize_in_blocks(w: np.ndarray, blocks: PerBlock, spec: QuantSpec, limit: 
         q, multiplier, scale = (np.ascontiguousarray(a.T) for a in (q, multiplier, scale))
     zero = np.zeros(scale.shape, np.int32)
     return Quantized(q, scale, zero, blocks.axis, 0, blocks.size, multiplier)
+
+
+def quantize_in_groups(w: np.ndarray, blocks: PerBlock, spec: QuantSpec) -> Quantized:
+    """:func:`numerics.quantize_groups` of a matrix of any size, (K, N) or (N, K).
+
+    Args:
+        w: float weight, memory-mapped or not.
+        blocks: their size, and which axis of `w` is K.
+    """
+    rows = w.T if blocks.axis else w
+    k, n = rows.shape
+    q, count = np.empty(rows.shape, NUMPY[spec.dtype]), -(-k // blocks.size)
+    scale, zero = np.empty((count, n), np.float32), np.empty((count, n), np.int32)
+    step = max(1, CACHED_BYTES // (4 * max(k, 1)))
+    for start in range(0, n, step):
+        part = (slice(None), slice(start, start + step))
+        piece = np.asarray(rows[part], np.float32)
+        q[part], scale[part], zero[part] = quantize_groups(piece, blocks.size, spec)
+    if blocks.axis:
+        q, scale, zero = (np.ascontiguousarray(a.T) for a in (q, scale, zero))
+    return Quantized(q, scale, zero, blocks.axis, block=blocks.size)
 
 
 def unscalable(x: ir.Value, readers: Sequence[Site]) -> str | None:

@@ -232,7 +232,7 @@ LOWERINGS: tuple[Lowering, ...] = (
 def test_probes_run_and_their_integer_form_is_integer(lowering: Lowering) -> None:
     kinds = []
     for quantized in (False, True):
-        model, given_ = probe(lowering, 16, 32, 16, quantized)
+        model, given_ = probe(Case(lowering, 16, 32, 16), quantized)
         (y,) = run(open_session(model, threads=1), given_)
         assert np.isfinite(y).all()
         kinds.append({n.op_type for n in model.graph})
@@ -313,7 +313,7 @@ def test_convolutions_are_asked_by_their_kind(monkeypatch: pytest.MonkeyPatch, n
     ("name", "spec", "ok", "why"),
     [
         ("gather", None, True, "rows are dequantized as they are gathered"),
-        ("matmul", None, False, "no int8 kernel with float activations"),
+        ("matmul", None, False, "no fast kernel with float activations"),
         ("conv", PER_RUN, False, "no dynamic int8 Conv on CPU"),
         ("transposed", STATIC, False, "no int8 ConvTranspose on CPU"),
     ],

@@ -15,20 +15,28 @@ from hypothesis.extra import numpy as hnp
 from qgraph.backends import cpu
 from qgraph.backends.nbits import INT8_BLOCKS, lower_block_products
 from qgraph.context import Context
+from qgraph.errors import QGraphError
 from qgraph.functions import ROUND_IN_BLOCKS, declare
 from qgraph.graph import shared_constant
 from qgraph.model_io import load, save
-from qgraph.numerics import SMALLEST_SCALE, round_in_blocks, sqnr_db
+from qgraph.numerics import (
+    SMALLEST_SCALE,
+    blockwise,
+    group_qmin,
+    quantize_groups,
+    round_in_blocks,
+    sqnr_db,
+)
 from qgraph.pass_manager import Pass
 from qgraph.passes.annotate import PER_TOKEN, WEIGHT, Annotate, Rule
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.convert_opset import ConvertOpset
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.lower import Lower
-from qgraph.recipes import w8a8
+from qgraph.recipes import get_recipe, rtn, w8a8
 from qgraph.session import open_session, run
 from qgraph.simulation import rounded_data, rounded_weight
-from qgraph.spec import PerBlock, QuantSpec
+from qgraph.spec import Granularity, PerAxis, PerBlock, QuantSpec
 from tests.models import build, feed, if_model, mlp, ops, outputs, weight
 from tests.pipelines import (
     COMMIT,
@@ -44,7 +52,7 @@ from tests.pipelines import (
 )
 
 VNNI = Shipped("cpu:avx512-vnni", "avx512-vnni")
-SHIPPED = cpu.SHIPPED["blocks"]
+SHIPPED = cpu.SHIPPED["blocks-8"]
 
 
 def assert_close(found: np.ndarray, committed: np.ndarray) -> None:
@@ -56,7 +64,7 @@ def assert_close(found: np.ndarray, committed: np.ndarray) -> None:
 def _fast() -> Iterator[None]:
     """A machine on which blocks are fast for prompts too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cpu.SHIPPED, "blocks", {1: 2.9, 128: 1.5})
+        patch.setitem(cpu.SHIPPED, "blocks-8", {1: 2.9, 128: 1.5})
         yield
 
 
@@ -148,7 +156,9 @@ def test_simulation_is_the_reference() -> None:
     model, w = product(), weight("w", 32, 6, spread=3.0).numpy()
     spec = WEIGHT.with_(granularity=PerBlock(0, 16))
     apply(model, (*in_blocks(), InsertQDQ()), target=VNNI)
-    committed = round_in_blocks(x, 16) @ rounded_weight(w, spec)
+    committed = round_in_blocks(x, 16) @ rounded_weight(
+        w, spec, QuantSpec(ir.DataType.INT8, PerBlock(-1, 16), observer="dynamic")
+    )
     assert_close(outputs(model, {"x": x})[0], committed)
 
 
@@ -173,9 +183,7 @@ def test_before_and_after() -> None:
     )
     apply(model, [InsertQDQ()], target=VNNI)
     assert body(model) == golden("""
-        %w_multiplier_f32: f32[2, 6] = Cast(%w_multiplier) {to = 1}
-        %w_block_scale: f32[2, 6] = Mul(%w_multiplier_f32, %w_scale)
-        %w_dq: f32[32, 6] = DequantizeLinear(%w_q, %w_block_scale) {axis = 0, block_size = 16}
+        %w_dq: f32[32, 6] = DequantizeLinear(%w_q, %w_scale) {axis = 0, block_size = 16}
         %x_rounded: f32[batch, 32] = qgraph::RoundInBlocks(%x, %qgraph/block_16, %qgraph/token_step_128, %qgraph/token_floor_128)
         %y: f32[batch, 6] = MatMul(%x_rounded, %w_dq)
     """)  # noqa: E501
@@ -213,7 +221,7 @@ def lowered_and_committed(
     return plain, committed
 
 
-@pytest.mark.parametrize("size", INT8_BLOCKS)
+@pytest.mark.parametrize("size", INT8_BLOCKS[8])
 @pytest.mark.parametrize("lead", ["1", "70", "2,5", "batch,time"])
 def test_the_kernel_computes_what_is_committed(size: int, lead: str) -> None:
     model = product(512, 24, lead=lead)
@@ -353,7 +361,7 @@ def test_a_wild_channel_spoils_its_own_block_alone() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.integers(1, 5), st.sampled_from(INT8_BLOCKS), st.integers(1, 40), st.integers(1, 9),
+    st.integers(1, 5), st.sampled_from(INT8_BLOCKS[8]), st.integers(1, 40), st.integers(1, 9),
     st.booleans(), st.integers(0, 2**16), st.floats(1e-3, 1e3),
 )  # fmt: skip
 def test_any_product(
@@ -389,8 +397,6 @@ DECLINED = "[annotate] declined MatMul y: weights are not int8 in blocks of "
 @pytest.mark.parametrize(
     ("k", "size", "why"),
     [
-        (40, 16, "40 input channels are not made of blocks of 16"),
-        (16, 32, "16 input channels are not made of blocks of 32"),
         (32, 8, "blocks of 8 have no kernel: only those of 16, 32, 64, 128, 256"),
         (48, 48, "blocks of 48 have no kernel: only those of 16, 32, 64, 128, 256"),
         (512, 512, "blocks of 512 have no kernel: only those of 16, 32, 64, 128, 256"),
@@ -408,30 +414,17 @@ def test_blocks_that_do_not_fit(k: int, size: int, why: str) -> None:
     assert sqnr_db(wanted, both(model, given_)[0]) > 33
 
 
-@pytest.mark.parametrize(
-    "weights", [WEIGHT.with_(dtype=ir.DataType.INT4), WEIGHT.with_(bits=6)], ids=str
-)
-def test_weights_of_fewer_bits_meet_whole_tokens(weights: QuantSpec) -> None:
-    model = product()
-    apply(model, in_blocks(16, weights), target=VNNI)
-    assert specs(model)["y"] == {
-        0: TOKEN_WISE[0], 1: str(weights.with_(granularity=PerBlock(0, 16)))
-    }  # fmt: skip
-    apply(model, COMMIT, target=VNNI)
-    assert "MatMulNBits" not in ops(model)
-
-
 def test_blocks_that_are_slow_for_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cpu.SHIPPED, "blocks", SHIPPED)
+    monkeypatch.setitem(cpu.SHIPPED, "blocks-8", SHIPPED)
     model = product()
     context = apply(model, in_blocks(), target=CPU)
     assert specs(model)["y"] == TOKEN_WISE
     (said,) = remarks(context)
-    assert said == f"{DECLINED}16: int8 blocks are 0.65x float on avx2 (shipped figures)"
+    assert said == f"{DECLINED}16: int8 blocks of 16 are 0.65x float on avx2 (shipped figures)"
 
 
 def test_every_number_of_rows_that_counts_must_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cpu.SHIPPED, "blocks", SHIPPED)
+    monkeypatch.setitem(cpu.SHIPPED, "blocks-8", SHIPPED)
     for rows, taken in (("decode", True), ("prompt", False), ("both", False)):
         model = product()
         context = Context(VNNI, optimize_for=rows)  # type: ignore[arg-type]
@@ -440,7 +433,7 @@ def test_every_number_of_rows_that_counts_must_win(monkeypatch: pytest.MonkeyPat
         assert ("per-block" in specs(model)["y"][0]) is taken
         numbers = context.remarks.verdicts()["y"].numbers
         assert numbers["speedup"] == (SHIPPED[1] if taken else numbers["speedup"])
-    monkeypatch.setitem(cpu.SHIPPED, "blocks", {1: 2.0, 128: 8.0})
+    monkeypatch.setitem(cpu.SHIPPED, "blocks-8", {1: 2.0, 128: 8.0})
     model = product()
     context = apply(model, in_blocks(), target=VNNI)
     assert context.remarks.verdicts()["y"].numbers["speedup"] == pytest.approx(4)
@@ -490,3 +483,99 @@ def test_w8a8_of_a_model_with_branches() -> None:
     model = if_model()
     apply(model, w8a8().passes, [feed(model)], VNNI)
     both(model, feed(model))
+
+
+# --- weights of few bits --------------------------------------------------------------------------
+
+INT4, UINT4 = ir.DataType.INT4, ir.DataType.UINT4
+
+
+def rounded_to(spec: QuantSpec) -> tuple[Pass, ...]:
+    rule = Rule(("matmul", "gemm"), spec, (data_in(16),))
+    return Canonicalize(), Annotate("dynamic", rules=(rule,))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [INT4, UINT4], ids=str)
+@pytest.mark.parametrize("granularity", [PerBlock(0, 16), PerAxis(0)], ids=str)
+@pytest.mark.parametrize("k", [32, 40])
+def test_few_bits(dtype: ir.DataType, bits: int, granularity: Granularity, k: int) -> None:
+    model = product(k)
+    given_ = feed(model)
+    spec = QuantSpec(dtype, granularity, dtype == INT4, "absmax", 0 if bits == 4 else bits)
+    apply(model, (*rounded_to(spec), InsertQDQ()), target=VNNI)
+    committed = outputs(model, given_)[0]
+    apply(model, [Lower()], target=VNNI)
+    (node,) = model.graph
+    assert node.op_type == "MatMulNBits"
+    assert node.attributes["bits"].as_int() == 4  # of 2 bits, blocks of 16 have no kernel
+    assert_close(both(model, given_)[0], committed)
+
+
+def test_two_bits_where_there_is_a_kernel() -> None:
+    model = product(64)
+    given_ = feed(model)
+    spec = QuantSpec(INT4, PerBlock(0, 32), bits=2, observer="absmax")
+    rule = Rule(("matmul", "gemm"), spec, (data_in(32),))
+    steps = Canonicalize(), Annotate("dynamic", rules=(rule,)), InsertQDQ()
+    apply(model, steps, target=VNNI)
+    committed = outputs(model, given_)[0]
+    apply(model, [Lower()], target=VNNI)
+    assert model.graph[0].attributes["bits"].as_int() == 2
+    assert initializer(model, "w_q_packed").shape == (6, 2, 8)
+    assert_close(both(model, given_)[0], committed)
+
+
+@given(st.data())
+def test_blocks_with_scales_of_their_own(drawn: st.DataObject) -> None:
+    """No weight is farther from its integer than a step; clipping only makes squares smaller."""
+    k, n, size = (drawn.draw(st.integers(1, most)) for most in (40, 4, 16))
+    bits, symmetric = drawn.draw(st.integers(2, 8)), drawn.draw(st.booleans())
+    w = weight("w", k, n, seed=drawn.draw(st.integers(0, 99))).numpy()
+    dtype = ir.DataType.INT8 if symmetric else ir.DataType.UINT8
+    spec = QuantSpec(dtype, PerBlock(0, size), symmetric, "absmax", bits)
+    errors = []
+    for observer in ("absmax", "mse"):
+        q, scale, zero = quantize_groups(w, size, spec.with_(observer=observer))
+        assert group_qmin(spec) <= q.min()
+        assert q.max() <= spec.qmax
+        wide = blockwise(scale, size, k)
+        errors.append((q - blockwise(zero, size, k)) * wide - w)
+        assert observer == "mse" or (np.abs(errors[0]) <= np.abs(wide) * 1.001).all()
+    assert np.square(errors[1]).sum() <= np.square(errors[0]).sum() * (1 + 1e-6)
+
+
+def test_the_largest_weight_of_a_symmetric_block_is_exact() -> None:
+    w = np.array([[1.0], [8.0], [-7.0], [2.0], [-4.0], [1.0]], np.float32)
+    spec = QuantSpec(INT4, PerBlock(0, 3))
+    q, scale, _ = quantize_groups(w, 3, spec)
+    np.testing.assert_array_equal(q[:, 0], [-1, -8, 7, 4, -8, 2])
+    np.testing.assert_array_equal(scale, [[-1], [0.5]])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rtn_from_end_to_end(symmetric: bool) -> None:
+    model = mlp((32, 64, 16))
+    wanted = outputs(model, feed(model))[0]
+    for target, op in (("cpu", "MatMulNBits"), ("onnx", "MatMul")):
+        recipe = rtn(group_size=16, symmetric=symmetric)
+        made = model.clone()
+        apply(made, recipe.passes, target=VNNI if target == "cpu" else ONNX)
+        assert ops(made).count(op) == 2
+        assert sqnr_db(wanted, both(made, feed(model))[0]) > 12
+
+
+@pytest.mark.parametrize(
+    ("parameters", "why"),
+    [
+        ({"bits": 9}, "bits=9 is out of range: use 2 to 8"),
+        ({"group_size": 8}, "group_size=8 is out of range: use 0 .per channel., or 16"),
+        (
+            {"observer": "minmax"},
+            "observer 'minmax' is unknown for weights: use one of mse, absmax",
+        ),
+    ],
+)
+def test_what_rtn_refuses(parameters: dict[str, object], why: str) -> None:
+    with pytest.raises(QGraphError, match=why):
+        get_recipe("rtn", parameters)

@@ -39,7 +39,9 @@ CHAIN = 3
 """Convolutions in a row, which tell the time of one from that of the conversions around it."""
 
 SHIPPED: dict[str, dict[int, float]] = {
-    "blocks": {1: 2.9, 128: 0.65},
+    "blocks-2": {1: 5.9, 128: 0.8},
+    "blocks-4": {1: 5.4, 128: 0.9},
+    "blocks-8": {1: 2.9, 128: 0.65},
     "per-token": {1: 4.6, 128: 1.9},
     "per-run": {1: 3.8, 128: 1.85},
     "static": {1: 4.1, 128: 1.85},
@@ -95,10 +97,10 @@ class CpuTarget:
             return Verdict(True, "rows are dequantized as they are gathered")
         if activation is not None and isinstance(activation.granularity, PerBlock):
             return self._blocks(site, activation.granularity, weight, context)
+        if activation is None:
+            return Verdict(False, "onnxruntime has no fast kernel with float activations here")
         if isinstance(weight.granularity, PerBlock) and self.block_limit < 2 * weight.qmax:
             return Verdict(False, f"int8 columns have no room for blocks of {weight.width} bits")
-        if activation is None:
-            return Verdict(False, "onnxruntime has no int8 kernel with float activations here")
         lowering = _lowering(site, activation)
         if lowering is None:
             how = "dynamic " if activation.observer == "dynamic" else ""
@@ -121,22 +123,36 @@ class CpuTarget:
         return Verdict(True, f"{speedup:.2f}x float {where}", speedup)
 
     def _blocks(self, site: Site, blocks: PerBlock, weight: QuantSpec, context: Context) -> Verdict:
-        """A product whose activations and weights are both in blocks, on MatMulNBits."""
+        """A product of activations in blocks and weights in the same ones, on MatMulNBits."""
         k, n = site.kn
         size, own = blocks.size, weight.granularity
-        if weight.width != 8 or not isinstance(own, PerBlock) or own.size != size:
-            return Verdict(False, "activations in blocks need int8 weights in blocks of that size")
-        if size not in INT8_BLOCKS:
-            known = ", ".join(map(str, INT8_BLOCKS))
+        fits = own.size == size if isinstance(own, PerBlock) else weight.width < 8
+        if not fits:
+            return Verdict(False, "activations in blocks need weights in blocks of that size")
+        bits = next((b for b in (2, 4, 8) if b >= weight.width and size in INT8_BLOCKS[b]), None)
+        if bits is None:
+            known = ", ".join(map(str, INT8_BLOCKS[8]))
             return Verdict(False, f"blocks of {size} have no kernel: only those of {known}")
-        if k % size:
-            return Verdict(False, f"{k} input channels are not made of blocks of {size}")
-        speedups = self._speedups("blocks", k, n, context)
+        speedups = self._block_speedups(k, n, bits, size, context)
         where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
-        if speedups.min() < MARGIN:  # as slow as float for prompts is too slow beside int8 columns
-            return Verdict(False, f"int8 blocks are {speedups.min():.2f}x float {where}")
         mean = float(np.exp(np.log(speedups).mean()))
-        return Verdict(True, f"{mean:.2f}x float {where}", mean)
+        # Weights of 8 bits can be columns instead, which are faster than float for prompts too.
+        if (speedups.min() if bits == 8 else mean) < MARGIN:
+            return Verdict(
+                False, f"int{bits} blocks of {size} are {speedups.min():.2f}x float {where}"
+            )
+        told = ", ".join(
+            f"{speedup:.2f}x for {rows} rows" if rows > 1 else f"{speedup:.2f}x for one"
+            for rows, speedup in zip(ROWS[context.optimize_for], speedups, strict=True)
+        )
+        return Verdict(True, f"{told} {where}", mean)
+
+    def _block_speedups(self, k: int, n: int, bits: int, size: int, context: Context) -> np.ndarray:
+        rows = ROWS[context.optimize_for]
+        if not self.measured:
+            return np.array([SHIPPED[f"blocks-{bits}"][m] for m in rows])
+        cases = [Case("blocks", rounded(k), rounded(n), m, bits=bits, block=size) for m in rows]
+        return np.array([host_table().speedup(case) for case in cases])
 
     def _convolution(self, lowering: Lowering, k: int, n: int) -> Verdict:
         """A convolution's own speedup and what conversions around it cost: see `qgraph.islands`."""

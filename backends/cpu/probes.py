@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import onnx_ir as ir
 
@@ -16,8 +18,8 @@ from qgraph.functions import (
 from qgraph.graph import add_constant
 from qgraph.numerics import SYMMETRIC_GRID
 
-BLOCK = 128
-"""Size of the blocks that are measured."""
+if TYPE_CHECKING:
+    from qgraph.backends.cpu.table import Case
 
 
 class _Builder:
@@ -67,18 +69,17 @@ class _Builder:
         return self.model
 
 
-def build(
-    lowering: str, k: int, n: int, m: int, quantized: bool, chain: int = 1
-) -> tuple[ir.Model, dict[str, np.ndarray]]:
-    """The float or quantized form of one case, and a feed for it; arguments as in `table.Case`."""
+def build(case: Case, quantized: bool) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """The float or quantized form of one case, and a feed for it."""
+    lowering, k, n, m = case.lowering, case.k, case.n, case.m
     if lowering in ("conv", "pointwise", "depthwise"):
-        return _convolutions(lowering, k, n, m, quantized, chain)
+        return _convolutions(lowering, k, n, m, quantized, case.chain)
     if lowering in ("norm", "rms-norm"):
         return _norm(lowering, k, m, quantized)
     b = _Builder([m, k])
     feed = {"x": b.rng.normal(size=(m, k)).astype(np.float32)}
     if quantized and lowering == "blocks":
-        return b.finish(_in_blocks(b, k, n)), feed
+        return b.finish(_in_blocks(b, case)), feed
     x, w = b.x, b.weight([k, n], 1, quantized)
     if quantized and lowering == "per-token":
         declare(b.model, QUANTIZE_PER_TOKEN)
@@ -100,14 +101,15 @@ def build(
     return model, feed
 
 
-def _in_blocks(b: _Builder, k: int, n: int) -> ir.Value:
-    size = min(k, BLOCK)
-    packed = b.rng.integers(0, 256, (n, k // size, size)).astype(np.uint8)
-    scales = b.constant(np.full((n, k // size), 1e-3, np.float32))
+def _in_blocks(b: _Builder, case: Case) -> ir.Value:
+    k, n, bits, size = case.k, case.n, case.bits, case.block
+    count = -(-k // size)
+    packed = b.rng.integers(0, 256, (n, count, size * bits // 8)).astype(np.uint8)
+    scales = b.constant(np.full((n, count), 1e-3, np.float32))
     b.model.opset_imports["com.microsoft"] = 1
     return b.op(
         "MatMulNBits", b.x, b.constant(packed), scales, domain="com.microsoft",
-        K=k, N=n, bits=8, block_size=size, accuracy_level=4,
+        K=k, N=n, bits=bits, block_size=size, accuracy_level=4,
     ).outputs[0]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from qgraph.backends.cpu.probes import build
 Lowering = Literal[
     "per-token", "per-run", "blocks", "static", "conv", "pointwise", "depthwise", "norm", "rms-norm"
 ]
-VERSION = 5
+VERSION = 6
 """Raise it when the probes change: tables of other versions are measured anew."""
 ROUNDS = 7
 SECONDS = 0.004
@@ -35,11 +35,12 @@ class Case:
 
     Attributes:
         lowering: products of `per-token` or `per-run` dynamic or `static` activations with a
-            constant int8 weight, or of both in `blocks`; static convolutions of three kinds;
-            residual norms taken apart.
+            constant int8 weight; products in `blocks`; static convolutions of three kinds; residual
+            norms taken apart.
         k, n: input and output channels, rounded to powers of two.
         m: rows of the product, or output pixels of the convolution.
         chain: convolutions in a row, with conversions at both ends only.
+        bits, block: of the weights of products in blocks, and the size of these.
     """
 
     lowering: Lowering
@@ -47,10 +48,13 @@ class Case:
     n: int
     m: int
     chain: int = 1
+    bits: int = 8
+    block: int = 0
 
     def __str__(self) -> str:
         chain = f" chain={self.chain}" if self.chain > 1 else ""
-        return f"{self.lowering} {self.k}x{self.n} m={self.m}{chain}"
+        blocks = f" bits={self.bits} block={self.block}" if self.block else ""
+        return f"{self.lowering} {self.k}x{self.n} m={self.m}{chain}{blocks}"
 
 
 def rounded(size: int, most: int = 2048) -> int:
@@ -119,7 +123,7 @@ def measure(case: Case) -> float:
     sessions: list[Any] = []
     feed: dict[str, np.ndarray] = {}
     for quantized in (False, True):
-        model, feed = build(case.lowering, case.k, case.n, case.m, quantized, case.chain)
+        model, feed = build(case, quantized)
         sessions.append(open_session(model, threads=1))
     repeats = [_repeats(session, feed) for session in sessions]
     best = [np.inf, np.inf]
