@@ -20,19 +20,24 @@ from qgraph.graph import (
     nodes,
     shared_constant,
 )
+from qgraph.numerics import SMALLEST_SCALE
 
 
-def unpack_weights(model: ir.Model) -> bool:
+def unpack_weights(model: ir.Model, limit: int = 127) -> bool:
     """Make int8 columns of the weights of products that are stored smaller.
 
     ::
 
-        m:int8 ── Cast ── Mul(scale) ──┐            m:int8 ── Gather(k // size) ──┐
-        W:int4 ──── DQ <block_size> ── y            W:int4 ── Cast(int8) ── Mul ── DQ(scale) ── y
+        W:int4 ── DQ <block_size> ── y
+
+        W:int4 ── Cast ── Sub(zero) ── Mul(scale / column scale) ── Round ── Cast(int8) ── DQ ── y
 
     On disk there are 4 bits a weight; onnxruntime computes the int8 columns once, when it loads the
-    model (ConstantFolding), and its kernels pack them like any other. The integers are exact:
-    W · m · scale, whichever is multiplied first.
+    model (ConstantFolding), and its kernels pack them like any other. The rounding adds the noise
+    of 8 bits to that of the few that blocks have. Columns of 4 bits stay exactly what they are.
+
+    Args:
+        limit: largest integer of a column.
     """
     changed = False
     for node, dq in _weights(model):
@@ -40,23 +45,10 @@ def unpack_weights(model: ir.Model) -> bool:
         if dynamic_data(node) is None or q is None:
             continue
         if blocks is not None:
-            if blocks.multiplier is not None:
-                _unpack(model, node, q, blocks)
-                changed = True
+            _unpack(model, node, q, blocks, limit)
+            changed = True
         elif q.dtype == ir.DataType.INT4 and not attribute(dq, "block_size", 0):
             changed |= _widen(model, node, dq, q)
-    return changed
-
-
-def fold_block_scales(model: ir.Model) -> bool:
-    """Multiply the scales of blocks out, for runtimes that know blocked DequantizeLinear."""
-    changed = False
-    for _, dq in _weights(model):
-        blocks, q = blocks_of(dq), dq.inputs[0]
-        if blocks is None or blocks.multiplier is None or q is None:
-            continue
-        dq.replace_input_with(1, add_constant(model, f"{q.name}_scale", blocks.scales))
-        changed = True
     return changed
 
 
@@ -68,16 +60,12 @@ class Blocks:
         scales: float32, one for each block.
         zeros: int32, one for each block, or None where all are 0.
         axis, size: of the blocks.
-        multiplier: int8 or int32, what `scales` are multiples by of `column`; None: of nothing.
-        column: float32, the scale of each column, or None.
     """
 
     scales: np.ndarray
     zeros: np.ndarray | None
     axis: int
     size: int
-    multiplier: ir.Value | None = None
-    column: np.ndarray | None = None
 
 
 def _weights(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
@@ -99,19 +87,7 @@ def blocks_of(dq: ir.Node) -> Blocks | None:
     if zeros is not None:
         zeros = np.asarray(zeros, np.int32)
     scales = array(dq.inputs[1])
-    if scales is not None:
-        return Blocks(scales, zeros, axis, size)
-    product = dq.inputs[1].producer() if dq.inputs[1] is not None else None
-    if not is_op(product, "Mul") or product is None:
-        return None
-    cast = product.inputs[0].producer() if product.inputs[0] is not None else None
-    if not is_op(cast, "Cast") or cast is None or cast.inputs[0] is None:
-        return None
-    multipliers, column = array(cast.inputs[0]), array(product.inputs[1])
-    if multipliers is None or column is None or multipliers.ndim != 2:
-        return None
-    scales = (multipliers * column).astype(np.float32)
-    return Blocks(scales, zeros, axis, size, cast.inputs[0], column)
+    return None if scales is None else Blocks(scales, zeros, axis, size)
 
 
 def _widen(model: ir.Model, node: ir.Node, dq: ir.Node, q: ir.Value) -> bool:
@@ -132,26 +108,62 @@ def _int8(model: ir.Model, anchor: ir.Node, value: ir.Value) -> ir.Value:
     return _typed(cast, value)
 
 
-def _unpack(model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks) -> None:
-    k, base = dims(q)[blocks.axis] or 0, q.name
-    assert blocks.multiplier is not None
-    assert blocks.column is not None
-    owner = shared_constant(
-        model, f"qgraph/blocks_{k}_{blocks.size}", np.arange(k, dtype=np.int64) // blocks.size
-    )
-    spread = insert(
-        model, node, "Gather", [_int8(model, node, blocks.multiplier), owner],
-        base=f"{base}_multipliers", attributes={"axis": blocks.axis},
-    )  # fmt: skip
-    factors = [_int8(model, node, q), _typed(spread, q)]
-    columns = _typed(insert(model, node, "Mul", factors, base=f"{base}_columns"), q)
-    scale = add_constant(model, f"{base}_column_scale", blocks.column.reshape(-1))
+def _unpack(model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks, limit: int) -> None:
+    base = q.name
+    columns, column = _rounded_columns(model, node, q, blocks, limit)
+    scale = add_constant(model, f"{base}_column_scale", column.reshape(-1))
     made = insert(
         model, node, "DequantizeLinear", [columns, scale],
         base=f"{base}_columns_dq", attributes={"axis": 1 - blocks.axis},
     )  # fmt: skip
     made.outputs[0].type, made.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), q.shape
     node.replace_input_with(1, made.outputs[0])
+
+
+def _spread(
+    model: ir.Model, node: ir.Node, q: ir.Value, values: ir.Value, blocks: Blocks
+) -> ir.Node:
+    """Values of blocks, repeated for each element."""
+    k = dims(q)[blocks.axis] or 0
+    owner = shared_constant(
+        model, f"qgraph/blocks_{k}_{blocks.size}", np.arange(k, dtype=np.int64) // blocks.size
+    )
+    base, attributes = f"{q.name}_spread", {"axis": blocks.axis}
+    return insert(model, node, "Gather", [values, owner], base=base, attributes=attributes)
+
+
+def _rounded_columns(
+    model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks, limit: int
+) -> tuple[ir.Value, np.ndarray]:
+    """int8 columns as near to blocks with scales of their own as can be, and their scale."""
+    integers, real = array(q), {"to": int(ir.DataType.FLOAT)}
+    assert integers is not None
+    peaks = _block_peaks(np.asarray(integers, np.int8), blocks)
+    column = np.maximum(peaks.max(axis=blocks.axis, keepdims=True), SMALLEST_SCALE) / limit
+    ratio = add_constant(model, f"{q.name}_ratio", (blocks.scales / column).astype(np.float32))
+
+    def op(op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        base = f"{q.name}_{op_type}"
+        made = insert(model, node, op_type, inputs, base=base, attributes=attributes).outputs[0]
+        made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), q.shape
+        return made
+
+    value = op("Cast", q, **real)
+    if blocks.zeros is not None:
+        zeros = add_constant(model, f"{q.name}_zeros", blocks.zeros.astype(np.float32))
+        value = op("Sub", value, _spread(model, node, q, zeros, blocks).outputs[0])
+    value = op("Mul", value, _spread(model, node, q, ratio, blocks).outputs[0])
+    return _int8(model, node, op("Round", value)), column.astype(np.float32)
+
+
+def _block_peaks(q: np.ndarray, blocks: Blocks) -> np.ndarray:
+    """The largest magnitude of each block, dequantized."""
+    starts = np.arange(0, q.shape[blocks.axis], blocks.size)
+    zeros = 0 if blocks.zeros is None else blocks.zeros
+    low = np.minimum.reduceat(q, starts, axis=blocks.axis) - zeros
+    high = np.maximum.reduceat(q, starts, axis=blocks.axis) - zeros
+    peaks: np.ndarray = np.maximum(np.abs(low), np.abs(high)) * np.abs(blocks.scales)
+    return peaks
 
 
 def _typed(node: ir.Node, like: ir.Value) -> ir.Value:

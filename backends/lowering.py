@@ -92,7 +92,7 @@ def dynamic_data(node: ir.Node) -> ir.Node | None:
 def _folds(value: ir.Value | None) -> bool:
     """Whether `value` is a constant, or made of constants alone: runtimes fold it on loading."""
     node = value.producer() if value is not None else None
-    if node is not None and is_op(node, "Cast", "Gather", "Mul", "Transpose"):
+    if node is not None and is_op(node, "Cast", "Gather", "Mul", "Round", "Sub", "Transpose"):
         return all(map(_folds, node.inputs))
     return constant(value) is not None
 
@@ -220,8 +220,8 @@ def shield_float(model: ir.Model) -> bool:
     for node in nodes(model):
         if not is_op(node, "Conv", "ConvTranspose", "Gemm"):
             continue
-        weight = constant(node.inputs[1])
-        if weight is None or weight.dtype != ir.DataType.FLOAT:
+        weight = node.inputs[1]
+        if weight is None or weight.dtype != ir.DataType.FLOAT or not _computed_once(weight):
             continue
         reader = node
         while (before := _source(reader)) is not None and is_op(before, *MOVES):
@@ -246,6 +246,16 @@ def shield_float(model: ir.Model) -> bool:
         reader.replace_input_with(0, shielded.outputs[0])
         changed = True
     return changed
+
+
+def _computed_once(value: ir.Value) -> bool:
+    """Whether runtimes make a constant of it when they load the model; of no DequantizeLinear."""
+    node = value.producer()
+    if node is None or constant(value) is not None:
+        return constant(value) is not None
+    if is_op(node, "DequantizeLinear"):
+        return False
+    return all(v is None or _computed_once(v) for v in node.inputs)
 
 
 def _source(node: ir.Node) -> ir.Node | None:

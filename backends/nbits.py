@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,7 +113,7 @@ def _lower(
     model: ir.Model, node: ir.Node, x: ir.Value | None, weight: ir.Value | None, columns: _Columns
 ) -> None:
     assert weight is not None
-    base, (n, k), size = node.outputs[0].name, columns.q.shape, columns.size
+    (n, k), size = columns.q.shape, columns.size
     bits = fewest_bits(columns.q, columns.zeros, size)
     middle = 1 << (bits - 1)
     signed = int(columns.q.min()) < 0 or columns.zeros is None
@@ -121,7 +122,6 @@ def _lower(
     filled = np.full((n, count * size), 0, np.uint8)
     filled[:, :k] = columns.q + lift
     inputs = [
-        x,
         # Layers may share a weight.
         shared_constant(
             model, f"{weight.name}_packed", pack(filled, bits).reshape(n, count, size * bits // 8)
@@ -133,6 +133,21 @@ def _lower(
     if columns.zeros is not None:
         zeros = pack((columns.zeros + lift).astype(np.uint8), bits)
         inputs.append(shared_constant(model, f"{weight.name}_zeros", zeros.reshape(n, -1)))
+    multiply_in_blocks(model, node, [x, *inputs], n=n, k=k, bits=bits, size=size)
+
+
+def multiply_in_blocks(
+    model: ir.Model,
+    node: ir.Node,
+    inputs: Sequence[ir.Value | None],
+    *,
+    n: int,
+    k: int,
+    bits: int,
+    size: int,
+) -> None:
+    """Replace a MatMul or Gemm by MatMulNBits with these inputs, and an Add of its bias."""
+    base = node.outputs[0].name
     attributes = {
         "K": k, "N": n, "bits": bits, "block_size": size, "accuracy_level": INT8_COMPUTE,
     }  # fmt: skip

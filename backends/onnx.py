@@ -8,7 +8,6 @@ import onnx_ir as ir
 
 from qgraph.analysis import Site
 from qgraph.annotation import MOVES
-from qgraph.backends.blocks import fold_block_scales
 from qgraph.backends.lowering import inline_functions, lower_products, shield_float
 from qgraph.backends.tables import lower_tables
 from qgraph.context import Context
@@ -32,8 +31,6 @@ class OnnxTarget:
     name: str = "onnx"
     saturates: bool = True
     """The result may meet an x86 CPU whose u8·s8 products saturate."""
-    block_limit: int = 1 << 20
-    """Blocks are dequantized to float: their scales may be as fine as they like."""
     measured: bool = False
 
     def supports(
@@ -55,8 +52,7 @@ class OnnxTarget:
         return is_op(node, *GLUE)
 
     def legalize(self, model: ir.Model, context: Context) -> bool:
-        changed = fold_block_scales(model)
-        changed |= lower_tables(model)
+        changed = lower_tables(model)
         changed |= lower_products(model, "standard")
         changed |= shield_float(model)
         return inline_functions(model) or changed

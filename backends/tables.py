@@ -29,7 +29,7 @@ def lower_tables(model: ir.Model) -> bool:
         dq = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
         if not is_op(node, "Gather") or dq is None or not is_op(dq, "DequantizeLinear"):
             continue
-        turn = _turn(node)
+        turn = turn_of(node)
         axis = 0 if turn is None else 1
         table, scales = array(stored(dq.inputs[0])), symmetric_scale(dq, axis)
         if table is None or scales is None or attribute(node, "axis", 0) % table.ndim != axis:
@@ -41,7 +41,7 @@ def lower_tables(model: ir.Model) -> bool:
     return changed
 
 
-def _turn(node: ir.Node) -> ir.Node | None:
+def turn_of(node: ir.Node) -> ir.Node | None:
     """The Transpose that makes rows of the columns that `node` gathers from a matrix, or None."""
     user = only_user(node.outputs[0])
     if user is None or not is_op(user, "Transpose") or attribute(node, "axis", 0) != 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from benchmarks.zoo import Array
@@ -52,8 +54,8 @@ def roc_auc(scores: Array, labels: Array) -> float:
     return float((below + up_to).mean() / 2 / len(negatives))
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's distance."""
+def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Levenshtein's distance, in characters of strings or in words of lists."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[0], i

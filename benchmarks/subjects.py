@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import qgraph
-from benchmarks import antibodies, tasks, zoo
+from benchmarks import antibodies, tasks, whisper, zoo
 from benchmarks.metrics import agreement, sqnr_db
 from benchmarks.tasks import Feed, Runner
 from benchmarks.zoo import Array
@@ -159,6 +159,31 @@ def _antiberty() -> Subject:
     )
 
 
+def _whisper() -> list[Subject]:
+    return [
+        Subject(
+            "whisper-encoder",
+            lambda _: zoo.whisper_encoder(),
+            lambda _: whisper.encoder_feeds("calibration", 16),
+            lambda _: whisper.encoder_feeds(n=3),
+            lambda _: {"half a minute of sound": whisper.encoder_feeds(n=1)},
+            Metric("words wrong, %", whisper.encoder_word_errors),
+            Likeness("cosine", whisper.encoder_cosine),
+            Metric("transcripts' perplexity", whisper.encoder_perplexity, relative=True),
+        ),
+        Subject(
+            "whisper-decoder",
+            lambda _: zoo.whisper_decoder(),
+            lambda _: whisper.decoder_feeds("calibration", 48),
+            lambda _: whisper.decoder_feeds(n=6),
+            lambda _: {"1 transcript": whisper.decoder_feeds(n=4)},
+            Metric("words wrong, %", whisper.decoder_word_errors),
+            Likeness("cosine", whisper.decoder_cosine),
+            Metric("transcripts' perplexity", whisper.decoder_perplexity, relative=True),
+        ),
+    ]
+
+
 def _ppocr() -> list[Subject]:
     return [
         Subject(
@@ -279,6 +304,7 @@ def subjects() -> dict[str, Subject]:
         _silero("silero-16k", "silero_vad_16k_op15.onnx"),
         _magika(),
         _antiberty(),
+        *_whisper(),
         _smollm2("smollm2", zoo.smollm2_genai),
         _smollm2("smollm2-traced", zoo.smollm2_traced),
         *(_light(name, path) for name, path in zoo.light_models().items()),

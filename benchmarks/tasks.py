@@ -321,7 +321,7 @@ def cls_accuracy(runner: Runner) -> float:
 _FRAME, _CONTEXT = 512, 64  # samples at 16 kHz
 
 
-def _prompt_at_16khz(path: Path) -> Array:
+def prompt_at_16khz(path: Path) -> Array:
     """A recording at 8 kHz as whole frames at 16 kHz, with a peak of about one half."""
     with wave.open(str(path)) as recording:
         assert recording.getframerate() == 8000
@@ -345,7 +345,7 @@ def speech(split: Split, prompts: int = 40) -> tuple[Array, Array]:
     audio: list[Array] = []
     labels: list[Array] = []
     for path in chosen[0 if split == "eval" else 1 :: 2]:
-        voice = _prompt_at_16khz(path)
+        voice = prompt_at_16khz(path)
         power = np.square(voice).reshape(-1, _FRAME).mean(1)
         silent = int(random.integers(20, 60))
         unsure = np.full(silent, -1)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import onnx_ir as ir
@@ -161,6 +162,40 @@ def _nncf(subject: Subject, model: Path, out: Path) -> Variant:
     return Variant("", path)
 
 
+def _ort_few_bits(algorithm: Literal["rtn", "hqq"], group_size: int) -> Way:
+    """onnxruntime's own weight-only quantizer at 4 bits: `rtn` symmetric, `hqq` not, as they are.
+
+    The accuracy level is the one that is fast; by default results run at a fifth of that speed.
+    """
+
+    def way(_: Subject, model: Path, out: Path) -> Variant:
+        from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+        config = None
+        if algorithm == "hqq":
+            config = nbits.HQQWeightOnlyQuantConfig(block_size=group_size, bits=4)
+        path = _beside(model, out)
+        work = nbits.MatMulNBitsQuantizer(
+            onnx.load(model_file(model)),
+            block_size=group_size,
+            is_symmetric=True,
+            accuracy_level=4,
+            algo_config=config,
+        )
+        work.process()
+        work.model.save_model_to_file(str(model_file(path)), model.is_dir())
+        return Variant("", path)
+
+    return way
+
+
+FEW_BITS: dict[str, Way] = {
+    f"qgraph {name} g{size}": recipe(name, group_size=size)
+    for name in ("rtn", "awq", "gptq")
+    for size in (32, 64, 128)
+}
+"""The same format, 4 bits symmetric, by three methods."""
+
 VARIANTS: dict[str, Way] = {
     "float": _float,
     "qgraph static": recipe("static"),
@@ -176,8 +211,19 @@ VARIANTS: dict[str, Way] = {
     "qgraph zeroquant W4/8": recipe("zeroquant", mlp_bits=4),
     "qgraph zeroquant W4/8 lkd": recipe("zeroquant", mlp_bits=4, lkd=True),
     "qgraph w8a8": recipe("w8a8"),
+    **FEW_BITS,
+    "qgraph rtn g128 tied": recipe("rtn", group_size=128, embedding_bits=4),
+    "qgraph nf4": recipe("nf4"),
+    "qgraph nf4 plain": recipe("nf4", double_quant=False),
+    "qgraph fp4": recipe("fp4"),
+    "qgraph hqq": recipe("hqq"),
+    "qgraph fp8": recipe("fp8"),
     "onnxruntime static": _ort_static,
     "onnxruntime dynamic": _ort_dynamic,
+    "onnxruntime rtn g32": _ort_few_bits("rtn", 32),
+    "onnxruntime rtn g64": _ort_few_bits("rtn", 64),
+    "onnxruntime rtn g128": _ort_few_bits("rtn", 128),
+    "onnxruntime hqq g64": _ort_few_bits("hqq", 64),
     "nncf": _nncf,
 }
 

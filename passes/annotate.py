@@ -14,6 +14,7 @@ import onnx_ir as ir
 from qgraph.analysis import FLOATS, Site, SiteKind, nested, site_of, sites
 from qgraph.annotation import (
     IN,
+    INTEGERS,
     SPEC,
     commit_to,
     describe,
@@ -27,7 +28,7 @@ from qgraph.errors import PipelineError
 from qgraph.graph import array, constant, dims, is_op, node_name, nodes, opset, release
 from qgraph.islands import Cost, settle, size
 from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import PerAxis, PerBlock, PerTensor, PerToken, QuantSpec, RangeMethod
+from qgraph.spec import FLOAT8, PerAxis, PerBlock, PerTensor, PerToken, QuantSpec, RangeMethod
 from qgraph.target import Verdict
 
 PER_TOKEN = QuantSpec(ir.DataType.UINT8, PerToken(), symmetric=True, observer="dynamic")
@@ -55,6 +56,8 @@ class Rule:
         layers: glob on the site's name.
         where: which of these sites, by what surrounds them (:func:`qgraph.mlp.in_mlp`); None: all.
         why: reason given for a site kept float.
+        by_speed: the activations are as good as each other, so that for `optimize_for=prompt` or
+            `decode` the fastest of them is taken.
     """
 
     kinds: tuple[SiteKind, ...]
@@ -63,6 +66,7 @@ class Rule:
     layers: str = "*"
     where: Callable[[Site], bool] | None = None
     why: str = "kept float by a rule of the recipe"
+    by_speed: bool = False
 
     def fits(self, site: Site) -> bool:
         """Whether this rule speaks about `site`."""
@@ -103,7 +107,8 @@ _RECURRENT = (
 )
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 SMALL_INTEGERS = 21
-"""Opset from which on DequantizeLinear takes blocks and 4-bit integers."""
+"""Opset from which on DequantizeLinear takes blocks and 4-bit integers, and QuantizeLinear makes
+float8 without a zero point."""
 _NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 SMALL_TABLE = 1 << 16
 """A lookup table of fewer bytes is not worth quantizing."""
@@ -131,6 +136,7 @@ class Annotate(Pass):
             data of matrix products, whose rare large tokens must not be clipped.
         rules: further rules, tried before those of the scheme.
         weight: how weights are quantized.
+        act_bits: bits of static activations, 2 to 8.
 
     Source: Jacob et al. 2018 (integer-only inference), Krishnamoorthi 2018 (per-channel weights),
     Yao et al. 2022 (token-wise activations).
@@ -145,8 +151,11 @@ class Annotate(Pass):
     observer: RangeMethod | Literal["auto"] = "auto"
     rules: tuple[Rule, ...] = ()
     weight: QuantSpec = WEIGHT
+    act_bits: int = 8
 
     def __post_init__(self) -> None:
+        if not 2 <= self.act_bits <= 8:
+            raise PipelineError(f"act_bits={self.act_bits} is out of range: use 2 to 8")
         for name, value, known in (
             ("scheme", self.scheme, get_args(Scheme)),
             ("observer", self.observer, OBSERVERS),
@@ -161,14 +170,17 @@ class Annotate(Pass):
                 PerTensor(),
                 symmetric=False,
                 observer=usual if self.observer == "auto" else self.observer,
+                bits=self.act_bits % 8,
             )
             for usual in _USUAL
         )
         fixed = self.rules + static_rules(image, token, self.weight)
         at_run_time = self.rules + dynamic_rules(self.weight)
         for site in sites(model):
-            static = self.scheme == "static" and not nested(model, site.node)
-            self._annotate(site, fixed if static else at_run_time, opset(model), context)
+            inside = nested(model, site.node)
+            wanted = fixed if self.scheme == "static" and not inside else at_run_time
+            self._annotate(site, wanted, opset(model), inside, context)
+        _tell_what_is_slow(context)
         for node in nodes(model):
             if is_op(node, *_PRODUCTS) and site_of(node) is None:
                 why = "its weight is computed or not floating-point"
@@ -182,7 +194,7 @@ class Annotate(Pass):
         return False
 
     def _annotate(
-        self, site: Site, rules: tuple[Rule, ...], version: int, context: Context
+        self, site: Site, rules: tuple[Rule, ...], version: int, inside: bool, context: Context
     ) -> None:
         rule = next((r for r in rules if r.fits(site)), None)
         op = site.node.op_type
@@ -194,30 +206,61 @@ class Annotate(Pass):
             context.remark("float", self.name, site.name, op, reason)
             return
         reasons: dict[QuantSpec, str] = {}
+        found: list[tuple[QuantSpec, QuantSpec | None, Verdict]] = []
+        compares = rule.by_speed and context.optimize_for != "both"
         for weight, activation in product(_own(rule.weight, site), rule.activations or (None,)):
-            if lacking := _unwritable(weight, activation, site, version):
+            if found and (not compares or weight != found[0][0]):
+                break
+            if inside and activation is not None and activation.observer != "dynamic":
+                verdict = Verdict(False, "calibration cannot look into bodies of control flow")
+            elif lacking := _unwritable(weight, activation, site, version):
                 verdict = Verdict(False, lacking)
             else:
                 verdict = context.target.supports(site, activation, weight, context)
-            if not verdict.ok:
+            if verdict.ok:
+                found.append((weight, activation, verdict))
+            else:
                 reasons.setdefault(weight, verdict.reason)
-                continue
-            wanted, why = next(iter(reasons.items()), (weight, ""))
-            if wanted != weight:
-                message = f"weights are not {words(wanted)}: {why}"
-                context.remark("declined", self.name, site.name, op, message)
-            commit_to(site, activation, weight)
-            measured = {"speedup": verdict.speedup, "conversions": verdict.conversions}
-            numbers = {name: value for name, value in measured.items() if value}
-            context.remark(
-                "quantized", self.name, site.name, op, describe(activation, weight), **numbers
-            )
+        if not found:
+            context.remark("float", self.name, site.name, op, list(reasons.values())[-1])
             return
-        context.remark("float", self.name, site.name, op, list(reasons.values())[-1])
+        weight, activation, verdict = max(found, key=lambda choice: choice[2].speedup)
+        wanted, why = next(iter(reasons.items()), (weight, ""))
+        if wanted != weight:
+            message = f"weights are not {words(wanted)}: {why}"
+            context.remark("declined", self.name, site.name, op, message)
+        commit_to(site, activation, weight)
+        measured = {"speedup": verdict.speedup, "conversions": verdict.conversions}
+        if verdict.slowest < 1:
+            measured["slowest"] = verdict.slowest
+        numbers = {name: value for name, value in measured.items() if value}
+        context.remark(
+            "quantized", self.name, site.name, op, describe(activation, weight), **numbers
+        )
+
+
+def _tell_what_is_slow(context: Context) -> None:
+    """Warn of products that win where they count most, and lose elsewhere."""
+    slow = [
+        r.numbers["slowest"] for r in context.remarks.verdicts().values() if "slowest" in r.numbers
+    ]
+    if slow:
+        context.remark(
+            "warning", Annotate.name, "", "",
+            f"{len(slow)} products are slower than float for prompts, and faster for single "
+            "tokens: optimize_for=prompt takes what is fastest for prompts",
+            slowest=min(slow),
+        )  # fmt: skip
 
 
 def _own(weight: QuantSpec, site: Site) -> Iterator[QuantSpec]:
-    """`weight` with the axis that it has at this site, then what replaces it where it cannot be."""
+    """`weight` with the axis that it has at this site, then what replaces it where it cannot be.
+
+    A weight that came with integers, as from a checkpoint, has no other spec than theirs.
+    """
+    if INTEGERS in site.weight.meta:
+        yield site.weight.meta[INTEGERS][0]
+        return
     per_channel = PerAxis(site.axis)
     if isinstance(weight.granularity, PerBlock):
         yield weight.with_(granularity=PerBlock(1 - site.axis, weight.granularity.size))
@@ -233,14 +276,20 @@ def _unwritable(
     weight: QuantSpec, activation: QuantSpec | None, site: Site, version: int
 ) -> str | None:
     """Why the weight cannot be written like this, or None."""
+    if weight.dtype in FLOAT8:
+        known = version >= SMALL_INTEGERS
+        return None if known else f"opset {version} knows no float8: convert-opset to 21 first"
     if not isinstance(weight.granularity, PerBlock) and weight.dtype not in _NIBBLES:
         return None
-    if site.kind not in ("matmul", "gemm"):
+    table = site.kind == "gather" and isinstance(weight.granularity, PerBlock)
+    if site.kind not in ("matmul", "gemm") and not (table and len(dims(site.weight)) == 2):
         return f"blocks and 4-bit integers are for products, not for {site.node.op_type}"
     if activation is not None and activation.observer != "dynamic":
         return "no runtime multiplies blocks or 4-bit integers by data with a fixed scale"
     columns = activation is not None and not isinstance(activation.granularity, PerBlock)
-    if columns and not weight.symmetric:
+    if columns and weight.codebook:
+        return "kernels for int8 columns know no codebooks"
+    if columns and not weight.symmetric and not isinstance(weight.granularity, PerBlock):
         return "kernels for int8 columns know no zero points of weights"
     if version < SMALL_INTEGERS:
         return f"opset {version} knows no blocks or 4-bit integers: convert-opset to 21 first"

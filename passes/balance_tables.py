@@ -24,7 +24,7 @@ from qgraph.graph import (
     unmap,
 )
 from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import PerAxis, QuantSpec
+from qgraph.spec import PerAxis, PerBlock, QuantSpec
 
 ROWS = 256
 """Rows of a table read at a time."""
@@ -75,9 +75,11 @@ class BalanceTables(Pass):
                 continue
             if site.axis != 0 or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
                 continue
-            if not _tie(model, site, context):
-                _balance(model, site, tensor)
-            changed = True
+            if _tie(model, site, context):
+                changed = True
+            elif not isinstance(site.node.meta[IN][site.w_index].granularity, PerBlock):
+                _balance(model, site, tensor)  # blocks follow the columns as they are
+                changed = True
         if changed:
             remove_dead(model)
         return changed
@@ -123,7 +125,12 @@ def _may_share(model: ir.Model, table: Site, product: Site) -> bool:
         return False
     of_table: QuantSpec = table.node.meta[IN][table.w_index]
     spec: QuantSpec | None = product.node.meta.get(IN, {}).get(product.w_index)
-    if spec is None or indices.shape is None or of_table.granularity != PerAxis(table.axis):
+    if spec is None or indices.shape is None:
+        return False
+    if isinstance(of_table.granularity, PerBlock):
+        blocks = PerBlock(1 - product.axis, of_table.granularity.size)
+        return spec == of_table.with_(granularity=blocks)
+    if of_table.granularity != PerAxis(table.axis):
         return False
     return spec == of_table.with_(granularity=PerAxis(product.axis))
 

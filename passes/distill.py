@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,17 +10,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph.analysis import Site, lowest_value
-from qgraph.annotation import IN, INTEGERS, product_groups
+from qgraph.annotation import IN, product_groups
 from qgraph.capture import Rows, captured
 from qgraph.context import Context
 from qgraph.errors import QGraphError
-from qgraph.graph import add_constant, array, constant, release, remove_dead
-from qgraph.numerics import Int, can_saturate
+from qgraph.graph import array, release, remove_dead
+from qgraph.numerics import Int, can_saturate, group_qmin
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.simulation import relative_noise, rounded_data
-from qgraph.spec import QuantSpec
+from qgraph.spec import PerBlock, QuantSpec
 from qgraph.target import Target
-from qgraph.weights import Quantized, quantize_site, reduction_rows
+from qgraph.weights import Quantized, quantize_site, reduction_rows, replace_weight
 
 TOKENS = 2048
 """About so many tokens are captured of each product's data."""
@@ -89,7 +88,7 @@ class Distill(Pass):
             for site in students[x]:
                 learned += [(site, student) for student in self._learn(site, tokens, context)]
         for site, student in learned:
-            _replace_weight(model, site, student)
+            replace_weight(model, site, student, "distilled")
         remove_dead(model)
         return bool(learned)
 
@@ -112,7 +111,7 @@ class Distill(Pass):
         """The weight as it was learned; empty where rounding to nearest is as good."""
         specs, target = site.node.meta[IN], context.target
         spec: QuantSpec = specs[site.w_index]
-        nearest = quantize_site(site, spec, target.saturates, target.block_limit)
+        nearest = quantize_site(site, spec, target.saturates)
         seen = rounded_data(tokens, specs[site.x_index], lowest=lowest_value(site.x))
         test = slice(HELD_OUT - 1, None, HELD_OUT) if len(tokens) >= HELD_OUT else slice(None)
         learners = np.ones(len(tokens), np.bool_)
@@ -145,29 +144,10 @@ class Distill(Pass):
 
 def _safe(q: Int, first: Int, nearest: Quantized, spec: QuantSpec, target: Target) -> Int:
     """`q`, but `first` in columns where u8·s8 products could overflow; blocks are narrow enough."""
-    if not target.saturates or nearest.multiplier is not None or spec.width < 8:
+    if not target.saturates or nearest.block or spec.width < 8:
         return q
     bad = can_saturate(q.astype(np.int32), 255).any(axis=0)
     return np.where(bad, first, q)
-
-
-def _replace_weight(model: ir.Model, site: Site, student: Quantized) -> None:
-    """Make the site read the float values of its integers, computed when they are read."""
-    tensor, spec = constant(site.weight), site.node.meta[IN][site.w_index]
-    assert tensor is not None
-    values = ir.LazyTensor(
-        partial(_values, student, tensor.dtype),
-        dtype=tensor.dtype,
-        shape=ir.Shape(tensor.shape.numpy()),
-        cache=False,
-    )
-    new = add_constant(model, f"{site.weight.name}_distilled", values)
-    new.meta[INTEGERS] = (spec, student)
-    site.node.replace_input_with(site.w_index, new)
-
-
-def _values(student: Quantized, dtype: ir.DataType) -> ir.TensorProtocol:
-    return ir.Tensor(student.float().astype(dtype.numpy()))
 
 
 def normal_equations(teacher: NDArray[Any], student: NDArray[Any]) -> tuple[Any, Any]:
@@ -211,6 +191,7 @@ def distilled(
     Returns:
         integers like `q`; the error of no column, without damping, is larger than with `q`.
     """
+    qmin = group_qmin(spec) if isinstance(spec.granularity, PerBlock) else spec.qmin
     ridge = damping * gram.diagonal().mean()
     wanted = cross @ w
     damped = gram + ridge * np.eye(len(gram), dtype=gram.dtype)
@@ -223,7 +204,7 @@ def distilled(
             old, here, local = new[strip].copy(), residual[strip].copy(), damped[strip, strip]
             for k, row in enumerate(range(start, start + len(here))):
                 best = np.rint(new[row] + here[k] / (curvature[row] * steps[row]))
-                best = np.clip(best, spec.qmin, spec.qmax)
+                best = np.clip(best, qmin, spec.qmax)
                 here -= np.outer(local[:, k], (best - new[row]) * steps[row])
                 new[row] = best
             residual -= damped[:, strip] @ ((new[strip] - old) * steps[strip])

@@ -10,7 +10,17 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.analysis import Site, lowest_value, only_user, site_of
-from qgraph.annotation import IN, INTEGERS, SPEC, STATS, annotated, output_value, static_spec
+from qgraph.annotation import (
+    IN,
+    INTEGERS,
+    MOVES,
+    SCALE,
+    SPEC,
+    STATS,
+    annotated,
+    output_value,
+    static_spec,
+)
 from qgraph.context import Context
 from qgraph.functions import (
     DEQUANTIZE_PER_TOKEN,
@@ -32,7 +42,8 @@ from qgraph.graph import (
 )
 from qgraph.numerics import SYMMETRIC_GRID, quantize_bias, token_grid
 from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import PerBlock, PerToken, QuantSpec
+from qgraph.spec import FLOAT8, PerBlock, PerToken, QuantSpec
+from qgraph.stored_weights import write_codebook, write_float8
 from qgraph.weights import NUMPY, activation_scale, constant_bias, quantize_site
 
 
@@ -56,12 +67,10 @@ class InsertQDQ(Pass):
     Specs and statistics are deleted: from here on, the graph is the only truth.
 
     Weights in blocks are behind a DequantizeLinear with `block_size`, each block with a scale, and
-    a zero point if any is not 0. Beside data with one scale for a token, the scale of a block is an
-    integer times the scale of its column, so that integers remain where a kernel knows nothing but
-    columns (:func:`numerics.quantize_blocks`)::
+    a zero point if any is not 0.
 
-        multiplier:int8 (K / size, N) ── Cast ── Mul(scale (1, N)) ──┐
-        W:int4 (K, N) ───────────────────── DQ <block_size = size> ── MatMul
+    Weights whose codes are places in a table, and float8, are computed from what is stored by other
+    nodes, see :mod:`qgraph.stored_weights`.
 
     Source: Jacob et al. 2018, eq. 1-7 (affine quantization, int32 bias); Yao et al. 2022,
     "ZeroQuant", section 4.1 (group-wise weights).
@@ -94,6 +103,7 @@ class InsertQDQ(Pass):
         for value in _all_values(model):
             value.meta.pop(SPEC, None)
             value.meta.pop(STATS, None)
+            value.meta.pop(SCALE, None)
         for node, _ in wanted:
             node.meta.pop(IN, None)
         for value in model.graph.initializers.values():
@@ -109,14 +119,12 @@ class _Integers:
     Attributes:
         q, scale: integers and what one step of them is worth.
         zero: zero points, None where blocks have none but 0.
-        multiplier: what `scale` is multiplied by in each block, or None.
         attributes: of the DequantizeLinear that reads them.
     """
 
     q: ir.Value
     scale: ir.Value
     zero: ir.Value | None
-    multiplier: ir.Value | None
     attributes: dict[str, int]
 
 
@@ -129,6 +137,7 @@ class _Commit:
     weights: dict[tuple[int, QuantSpec, int], _Integers] = field(default_factory=dict)
     runtime: dict[tuple[int, QuantSpec, int], ir.Value] = field(default_factory=dict)
     casts: dict[tuple[int, int], ir.Value] = field(default_factory=dict)
+    computed: dict[tuple[int, QuantSpec, bool], ir.Value] = field(default_factory=dict)
 
     def to_float32(self, node: ir.Node) -> None:
         """Integer kernels speak float32: surround a node of half floats, and the clamp behind it
@@ -182,6 +191,9 @@ class _Commit:
         if site.w_index not in specs or constant(site.weight) is None:
             return
         spec, data = specs.pop(site.w_index), specs.get(site.x_index)
+        if spec.codebook or spec.dtype in FLOAT8:
+            site.node.replace_input_with(site.w_index, self._computed(site, spec, data))
+            return
         static = data is not None and data.observer != "dynamic"
         key = (id(site.weight), spec, id(site.node) if static else 0)
         if site.kind == "gather":  # any product's integers will do
@@ -193,29 +205,28 @@ class _Commit:
         if bias is not None:
             self._bias(site, bias, array(stored.scale))
         # Each use dequantizes by itself: branches do not see into each other.
-        scale = self._block_scale(site, stored) if stored.multiplier else stored.scale
-        inputs = [stored.q, scale, *([stored.zero] if stored.zero else [])]
+        inputs = [stored.q, stored.scale, *([stored.zero] if stored.zero else [])]
         dq = insert(
             self.model, site.node, "DequantizeLinear", inputs,
             base=f"{site.weight.name}_dq", attributes=stored.attributes,
         )  # fmt: skip
         site.node.replace_input_with(site.w_index, _typed(dq, site.weight))
 
-    def _block_scale(self, site: Site, stored: _Integers) -> ir.Value:
-        """The scale of each block, computed: lowering finds multiplier and column scale apart."""
-        multiplier, base = stored.multiplier, site.weight.name
-        assert multiplier is not None
-        wide = insert(
-            self.model, site.node, "Cast", [multiplier],
-            base=f"{base}_multiplier_f32", attributes={"to": int(ir.DataType.FLOAT)},
-        )  # fmt: skip
-        factors = [_typed(wide, multiplier), stored.scale]
-        scale = insert(self.model, site.node, "Mul", factors, base=f"{base}_block_scale")
-        return _typed(scale, multiplier)
+    def _computed(self, site: Site, spec: QuantSpec, data: QuantSpec | None) -> ir.Value:
+        """A weight that no DequantizeLinear reads, as the result of other nodes."""
+        key = (id(site.weight), spec, data is None)
+        if key not in self.computed:
+            weight = quantize_site(site, spec, saturates=False)
+            release(site.weight)
+            write = write_codebook if spec.codebook else write_float8
+            self.computed[key] = write(self.model, str(site.weight.name), weight)
+        told = _IN_FLOAT if data is None or spec.dtype in FLOAT8 else _ON_INT8
+        self.context.remark("note", InsertQDQ.name, site.name, site.node.op_type, told)
+        return self.computed[key]
 
     def _integers(self, site: Site, spec: QuantSpec) -> _Integers:
         target = self.context.target
-        weight = quantize_site(site, spec, target.saturates, target.block_limit)
+        weight = quantize_site(site, spec, target.saturates)
         release(site.weight)
         if weight.repaired:
             why = "channels requantized in which u8·s8 products could overflow int16"
@@ -225,18 +236,13 @@ class _Commit:
         q = add_constant(self.model, f"{base}_q", weight.q, spec.dtype)
         scale = add_constant(self.model, f"{base}_scale", weight.scale)
         attributes = {} if weight.axis is None else {"axis": weight.axis}
-        if weight.multiplier is not None:
-            attributes["block_size"] = weight.block
-            narrow = weight.multiplier.astype(np.min_scalar_type(-int(weight.multiplier.max())))
-            multiplier = add_constant(self.model, f"{base}_multiplier", narrow)
-            return _Integers(q, scale, None, multiplier, attributes)
         if weight.block:
             attributes["block_size"] = weight.block
             if not weight.zero.any():
-                return _Integers(q, scale, None, None, attributes)
+                return _Integers(q, scale, None, attributes)
         zeros = weight.zero.astype(weight.q.dtype)
         zero = add_constant(self.model, f"{base}_zero", zeros, spec.dtype)
-        return _Integers(q, scale, zero, None, attributes)
+        return _Integers(q, scale, zero, attributes)
 
     def _bias(self, site: Site, bias: np.ndarray, w_scale: np.ndarray | None) -> None:
         assert site.bias is not None
@@ -263,25 +269,58 @@ class _Commit:
         users = [u for u in users if u.node.meta.get(IN, {}).get(u.idx, spec).observer != "dynamic"]
         anchor = value.producer()
         first = self.model.graph[0]
-        inputs = [
-            value,
-            add_constant(self.model, f"{value.name}_scale", scale),
-            add_constant(self.model, f"{value.name}_zero", zero.astype(NUMPY[spec.dtype])),
-        ]
+        inputs = [value, add_constant(self.model, f"{value.name}_scale", scale)]
+        attributes = {}
+        if spec.dtype in FLOAT8:
+            # By its zero point, onnxruntime takes a float8 for an integer, and drops a Relu before
+            # it (ReluQuantFusion) or refuses a Clip.
+            attributes["output_dtype"] = int(spec.dtype)
+        else:
+            zeros = zero.astype(NUMPY[spec.dtype])
+            inputs.append(add_constant(self.model, f"{value.name}_zero", zeros))
         q = insert(
             self.model, anchor or first, "QuantizeLinear", inputs,
-            base=f"{value.name}_q", after=anchor is not None,
+            base=f"{value.name}_q", attributes=attributes, after=anchor is not None,
         )  # fmt: skip
         q.outputs[0].type, q.outputs[0].shape = ir.TensorType(spec.dtype), value.shape
-        dq = insert(
-            self.model, q, "DequantizeLinear", [q.outputs[0], *inputs[1:]],
-            base=f"{value.name}_dq", after=True,
-        )  # fmt: skip
-        new = _typed(dq, value)
+        if spec.dtype in FLOAT8:
+            new = self._widened_float8(q, value, inputs[1])
+        else:
+            last = self._narrowed(q, value, spec)
+            dq = insert(
+                self.model, last, "DequantizeLinear", [last.outputs[0], *inputs[1:]],
+                base=f"{value.name}_dq", after=True,
+            )  # fmt: skip
+            new = _typed(dq, value)
         for use in users:
             use.node.replace_input_with(use.idx, new)
         if shared and value.is_graph_output():
             redirect(value, new, keep=[q, *(u.node for u in value.uses())])
+
+    def _widened_float8(self, q: ir.Node, value: ir.Value, scale: ir.Value) -> ir.Value:
+        """Cast and Mul instead of DequantizeLinear, behind which onnxruntime rounds the weight of
+        anything that it makes a Gemm of to int8 (WeightBiasQuantization)."""
+        to, base = {"to": int(ir.DataType.FLOAT)}, f"{value.name}_wide"
+        cast = insert(
+            self.model, q, "Cast", [q.outputs[0]], base=base, attributes=to, after=True
+        )
+        factors = [_typed(cast, value), scale]
+        mul = insert(self.model, cast, "Mul", factors, base=f"{value.name}_dq", after=True)
+        return _typed(mul, value)
+
+    def _narrowed(self, q: ir.Node, value: ir.Value, spec: QuantSpec) -> ir.Node:
+        """Integers of fewer bits than their dtype has are clamped once more, unless they were."""
+        if not spec.bits or _moves_clamped(q):
+            return q
+        dtype = NUMPY[spec.dtype]
+        limits = (
+            shared_constant(self.model, f"qgraph/limit_{number}", dtype(number))
+            for number in (spec.qmin, spec.qmax)
+        )
+        base = f"{value.name}_clamped"
+        clip = insert(self.model, q, "Clip", [q.outputs[0], *limits], base=base, after=True)
+        clip.outputs[0].type, clip.outputs[0].shape = q.outputs[0].type, value.shape
+        return clip
 
     def dynamic(self, node: ir.Node, index: int, spec: QuantSpec) -> None:
         """Scales at run time for input `index`, computed once for all users in the same graph."""
@@ -333,7 +372,32 @@ class _Commit:
         return _typed(rounded, value)
 
 
+_IN_FLOAT = (
+    "small on disk and in what it can be exchanged with; CPUs dequantize it as they load the model "
+    "and compute in float, no faster than before"
+)
+_ON_INT8 = (
+    "4 bits on disk, multiplied as int8: levels are rounded to 127ths, by 0.4 % of the block's "
+    "largest weight at most"
+)
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def _moves_clamped(q: ir.Node) -> bool:
+    """Whether `q` gets back integers that were clamped, moved as floats of the same scale."""
+    move = q.inputs[0].producer() if q.inputs[0] is not None else None
+    if move is None or not is_op(move, *MOVES) or move.inputs[0] is None:
+        return False
+    dq = move.inputs[0].producer()
+    if dq is None or not is_op(dq, "DequantizeLinear") or dq.inputs[0] is None:
+        return False
+    clamped = is_op(dq.inputs[0].producer(), "Clip")
+    return clamped and all(_equal(dq.inputs[i], q.inputs[i]) for i in (1, 2))
+
+
+def _equal(a: ir.Value | None, b: ir.Value | None) -> bool:
+    x, y = array(a), array(b)
+    return x is not None and y is not None and np.array_equal(x, y)
 
 
 def _first_user(node: ir.Node, value: ir.Value) -> ir.Node:

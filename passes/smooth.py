@@ -200,7 +200,7 @@ def _measured_noise(
             span = None if data.observer == "dynamic" else (scaled.low, scaled.high)
             bound = lowest if not lowest or not alpha else None  # a Mul keeps no bound below 0
             x_q, w_s = rounded_data(tokens / s, data, span, bound), w * along(s, 1 - site.axis, 2)
-            w_q = w_s if weight is None else rounded_weight(w_s, weight, data)
+            w_q = w_s if weight is None else rounded_weight(w_s, weight)
             noise[alpha] += relative_noise(y, _times(x_q, w_q, site.axis)) / len(sites)
     return noise
 

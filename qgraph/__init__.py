@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qgraph.api import compile
+    from qgraph.api import compile, prepare_qat
     from qgraph.compiled import CompiledModel
     from qgraph.context import Context, Remark, Remarks
     from qgraph.errors import QGraphError
@@ -45,6 +45,7 @@ _HOME = {
     "PerTensor": "spec",
     "PerToken": "spec",
     "QuantSpec": "spec",
+    "prepare_qat": "api",
     "Target": "target",
     "Verdict": "target",
     "to_text": "text",
@@ -71,6 +72,7 @@ __all__ = [
     "Verdict",
     "compile",
     "load",
+    "prepare_qat",
     "to_text",
     "trace",
 ]

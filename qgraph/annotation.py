@@ -19,6 +19,10 @@ IN = "qgraph.in"
 STATS = "qgraph.stats"
 """Key in `value.meta`: what calibration found, a :class:`qgraph.observers.Stats`."""
 
+SCALE = "qgraph.scale"
+"""Key in `value.meta`: scale (float32) and zero point (int32) that training found, both 0-D; they
+count instead of statistics."""
+
 INTEGERS = "qgraph.integers"
 """Key in `value.meta` of a weight that a pass has rounded, and holds nothing else any more: the
 spec it was rounded for, and what to, a :class:`qgraph.weights.Quantized`."""
@@ -39,7 +43,7 @@ def words(spec: QuantSpec) -> str:
     if isinstance(spec.granularity, PerBlock):
         granularity = f"in blocks of {spec.granularity.size}"
     when = "dynamic " if spec.observer == "dynamic" else ""
-    return f"{when}{spec.dtype.name.lower()} {granularity}"
+    return f"{when}{spec.codebook or spec.dtype.name.lower()} {granularity}"
 
 
 def commit_to(site: Site, activation: QuantSpec | None, weight: QuantSpec) -> None:

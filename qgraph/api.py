@@ -1,8 +1,9 @@
-"""Trace, load, compile: the calls that users make."""
+"""Compile, and prepare for training: the calls that users make."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,17 +12,19 @@ import onnx_ir as ir
 from qgraph.backends import get_target
 from qgraph.bench import cpu_ratio
 from qgraph.compiled import CompiledModel
-from qgraph.context import Context, Progress, silent
+from qgraph.context import Context, Progress, Remarks, silent
 from qgraph.errors import ModelError, QGraphError
 from qgraph.external_data import initializers
 from qgraph.feeds import first_feed, open_calibration
 from qgraph.model_io import load
-from qgraph.pass_manager import STAGES_KEY, PassManager
+from qgraph.pass_manager import STAGES_KEY, PassManager, stages
 from qgraph.recipes import Recipe, get_recipe
 from qgraph.target import Target
 
 if TYPE_CHECKING:
     import torch
+
+    from qgraph.backends.qat import QuantizedModule
 
 MEASURED_BYTES = 256 << 20
 """Weights of the largest model that is timed against float after compilation."""
@@ -50,7 +53,8 @@ def compile(
 
     Args:
         model: an IR model, the path of an ONNX file or onnxruntime-genai folder, or an `nn.Module`
-            (then `example_inputs` and, where sizes vary, `dynamic_shapes` as for :func:`trace`).
+            (then `example_inputs` and, where sizes vary, `dynamic_shapes` as for :func:`trace`). A
+            module that :func:`prepare_qat` gave has its recipe with it.
         recipe: a name from `qgraph.recipes`, or a :class:`Recipe` of your own.
         calibration: typical inputs: any iterable of feeds (dict by input name, tuple, array or
             tensor; a `DataLoader` works), an `.npz` file (one array per input, first axis =
@@ -69,17 +73,13 @@ def compile(
     Raises:
         QGraphError: what was given cannot be used; one line that says what to do.
     """
-    if isinstance(recipe, Recipe):
-        if parameters:
-            raise QGraphError(
-                f"'{sorted(parameters)[0]}' cannot be set on a Recipe object: "
-                "build it with that value"
-            )
-        chosen = recipe
-    else:
-        chosen = get_recipe(recipe, parameters)
     aim = get_target(target) if isinstance(target, str) else target
-    source = _source(model, example_inputs, dynamic_shapes)
+    trained = _in_training(model)
+    if trained is None:
+        chosen, source = _chosen(recipe, parameters), _source(model, example_inputs, dynamic_shapes)
+        _check_trained(chosen)
+    else:
+        chosen, source = _rest(trained, recipe, parameters), trained.source
     feeds = None if calibration is None else open_calibration(calibration, source, samples=samples)
     if chosen.calibrates and feeds is None:
         raise QGraphError(
@@ -90,21 +90,109 @@ def compile(
         target=aim,
         calibration=feeds,
         seed=seed,
+        remarks=Remarks() if trained is None else trained.remarks,
         progress=progress or silent,
         cache=Path(cache) if cache is not None else None,
         max_memory=max_memory,
         optimize_for=optimize_for,
     )
-    result = source.clone()
-    result.meta.update(source.meta)
-    result.meta[STAGES_KEY] = set(source.meta.get(STAGES_KEY, ()))
-    result.meta.pop("qgraph.names", None)
-    PassManager(chosen.passes, verify=verify).run(result, context)
+    result = _copied(source) if trained is None else trained.annotated()
+    given = frozenset(stages(result))
+    PassManager(chosen.passes, verify=verify, given=given).run(result, context)
     if aim.measured:
         _compare_speed(source, result, context)
     return CompiledModel(
         result, context.remarks, recipe=chosen.name, target=aim.name, source=source
     )
+
+
+def prepare_qat(
+    model: ir.Model | str | Path | torch.nn.Module,
+    example_inputs: Any = None,
+    recipe: str | Recipe = "qat",
+    *,
+    dynamic_shapes: Any = None,
+    learn_scales: bool = True,
+    observe: int = 8,
+    seed: int = 0,
+    **parameters: Any,
+) -> QuantizedModule:
+    """A model as a torch module that is trained with its quantization: then compile that module.
+
+    ::
+
+        qmodel = qgraph.prepare_qat(model, example_inputs, bits=2)
+        for x, y in loader:                             # any loop, any optimizer
+            loss = cross_entropy(qmodel(x), y)          # or qmodel.distillation_loss(x): no labels
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+        compiled = qgraph.compile(qmodel)
+
+    Batch normalizations are folded into the layers before them, dropout is left out.
+
+    Args:
+        model: an IR model, the path of an ONNX file, or an `nn.Module` with `example_inputs`; it is
+            left as it is.
+        recipe: `qat`, or a recipe of your own that commits and does not calibrate.
+        dynamic_shapes: as for :func:`trace`; None lets the first axis of all inputs be any batch
+            size where the module can be captured so.
+        learn_scales: train scales too (learned step size); else they stay as they were chosen.
+        observe: so many training batches are observed before scales are chosen.
+        seed: for everything random.
+        **parameters: of the recipe, such as `bits` and `act_bits`.
+
+    Raises:
+        QGraphError: what was given cannot be used; one line that says what to do.
+    """
+    chosen = _chosen(recipe, parameters)
+    if observe < 1:
+        raise QGraphError(f"observe={observe} is out of range: use 1 or more")
+    if dynamic_shapes is None and _is_module(model) and example_inputs is not None:
+        source = _any_batch(model, example_inputs)
+    else:
+        source = _source(model, example_inputs, dynamic_shapes)
+    from qgraph.backends.qat import prepare
+
+    return prepare(source, chosen, learn_scales=learn_scales, observe=observe, seed=seed)
+
+
+def _chosen(recipe: str | Recipe, parameters: dict[str, Any]) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        return get_recipe(recipe, parameters)
+    if parameters:
+        raise QGraphError(
+            f"'{sorted(parameters)[0]}' cannot be set on a Recipe object: build it with that value"
+        )
+    return recipe
+
+
+def _check_trained(recipe: Recipe) -> None:
+    if recipe.trains:
+        raise QGraphError(
+            f"recipe '{recipe.name}' is for training: call qgraph.prepare_qat, train what it gives "
+            "and compile that, or use --train on the command line"
+        )
+
+
+def _in_training(model: Any) -> QuantizedModule | None:
+    """`model`, if `prepare_qat` gave it."""
+    home = sys.modules.get("qgraph.backends.qat")
+    return model if home is not None and isinstance(model, home.QuantizedModule) else None
+
+
+def _rest(trained: QuantizedModule, recipe: str | Recipe, parameters: dict[str, Any]) -> Recipe:
+    """What is left to do after training."""
+    if parameters or recipe not in ("static", "qat"):
+        what = sorted(parameters)[0] if parameters else "recipe"
+        raise QGraphError(f"'{what}' was settled when the module was prepared: give it there")
+    return Recipe("qat", trained.rest)
+
+
+def _copied(source: ir.Model) -> ir.Model:
+    result = source.clone()
+    result.meta.update(source.meta)
+    result.meta[STAGES_KEY] = set(source.meta.get(STAGES_KEY, ()))
+    result.meta.pop("qgraph.names", None)
+    return result
 
 
 def _compare_speed(source: ir.Model, result: ir.Model, context: Context) -> None:
@@ -134,8 +222,7 @@ def _source(model: Any, example_inputs: Any, dynamic_shapes: Any) -> ir.Model:
         return model
     if isinstance(model, str | Path):
         return load(model)
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(model, torch.nn.Module):
+    if _is_module(model):
         if example_inputs is None:
             raise ModelError("an nn.Module needs example_inputs=(...) to be traced with")
         from qgraph.tracing import trace
@@ -143,3 +230,35 @@ def _source(model: Any, example_inputs: Any, dynamic_shapes: Any) -> ir.Model:
         return trace(model, example_inputs, dynamic_shapes)
     kind = type(model).__name__
     raise ModelError(f"cannot compile a {kind}: give an ir.Model, a path or a torch.nn.Module")
+
+
+def _is_module(model: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.nn.Module)
+
+
+def _any_batch(module: Any, example_inputs: Any) -> ir.Model:
+    """The module for batches of any size, or of that of the example where it takes no other."""
+    from qgraph.tracing import trace
+
+    if isinstance(example_inputs, Mapping):
+        named = {name: _two(x) for name, x in example_inputs.items()}
+        example: Any = named
+        shapes: Any = {name: {0: "batch"} for name in named}
+    else:
+        several = isinstance(example_inputs, tuple | list)
+        example = tuple(_two(x) for x in (example_inputs if several else (example_inputs,)))
+        shapes = tuple({0: "batch"} for _ in example)
+    try:
+        return trace(module, example, shapes)
+    except ModelError:
+        return trace(module, example_inputs)
+
+
+def _two(x: Any) -> Any:
+    """A batch of one as one of two: torch takes a size of 1 for a constant."""
+    if getattr(x, "ndim", 0) and x.shape[0] == 1:
+        import torch
+
+        return torch.cat([torch.as_tensor(x)] * 2)
+    return x

@@ -105,6 +105,10 @@ def compile(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Parameter of the recipe; repeatable."),
     ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Gets the model, yields losses; see docs."),
+    ] = None,
     samples: Samples = None,
     seed: Seed = 0,
     cache: Cache = None,
@@ -128,19 +132,24 @@ def compile(
     for page in (report, json):
         if page is not None:
             shell.check_free(page, others={model, output, *{report, json} - {page}})
-    compiled = qgraph.compile(
-        source,
-        recipe,
-        calibration,
-        target,
-        samples=samples,
-        seed=seed,
-        cache=cache,
-        max_memory=memory,
-        verify=verify,
-        progress=display(),
-        **parameters,
-    )
+    if train is None:
+        compiled = qgraph.compile(
+            source,
+            recipe,
+            calibration,
+            target,
+            samples=samples,
+            seed=seed,
+            cache=cache,
+            max_memory=memory,
+            verify=verify,
+            progress=display(),
+            **parameters,
+        )
+    else:
+        compiled = shell.train_and_compile(
+            train, source, recipe, parameters, calibration, target, samples, seed, verify
+        )
     compiled.save(output)
     result = Compilation(
         model=str(model),

@@ -19,6 +19,7 @@ OBSERVER = "Observer"
 QUANTIZE_PER_TOKEN = "QuantizePerToken"
 DEQUANTIZE_PER_TOKEN = "DequantizePerToken"
 ROUND_IN_BLOCKS = "RoundInBlocks"
+DEQUANTIZE_CODEBOOK = "DequantizeCodebook"
 
 
 class _Body:
@@ -86,11 +87,21 @@ def _round_in_blocks(version: int) -> ir.Function:
     return _function(ROUND_IN_BLOCKS, inputs, [y], body, version)
 
 
+def _dequantize_codebook(version: int) -> ir.Function:
+    """(codes (..., size), table, scale (...)) -> table[codes] · scale, float32 (..., size)."""
+    inputs, body = [ir.Value(name=name) for name in ("codes", "table", "scale")], _Body()
+    codes, table, scale = inputs
+    levels = body.op("Gather", table, body.op("Cast", codes, to=int(ir.DataType.INT32)))
+    steps = body.op("Unsqueeze", scale, body.constant(np.array([-1], np.int64)))
+    return _function(DEQUANTIZE_CODEBOOK, inputs, [body.op("Mul", levels, steps)], body, version)
+
+
 _MAKERS: dict[str, Callable[[int], ir.Function]] = {
     OBSERVER: _observer,
     QUANTIZE_PER_TOKEN: _quantize_per_token,
     DEQUANTIZE_PER_TOKEN: _dequantize_per_token,
     ROUND_IN_BLOCKS: _round_in_blocks,
+    DEQUANTIZE_CODEBOOK: _dequantize_codebook,
 }
 
 

@@ -11,12 +11,12 @@ use :func:`along` to shape a per-axis vector.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qgraph.spec import QuantSpec
+from qgraph.spec import FLOAT8, QuantSpec
 
 Float = NDArray[np.float32]
 Int = NDArray[np.int32]
@@ -27,10 +27,8 @@ SMALLEST_SCALE = np.float32(2.0**-60)
 """A channel of zeros gets this scale: small enough never to matter, and its square, the scale of a
 bias, is still a normal float32."""
 INT32_MAX = 2**31 - 1
-BLOCK_CLIPPING = (1.0, 0.93, 0.87, 0.81, 0.75)
-"""Shares of a block's range that are tried: with few bits, finer steps are worth a clipped peak."""
 GROUP_CLIPPING = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
-"""The same for blocks with scales of their own."""
+"""Shares of a block's range that are tried: finer steps can be worth a clipped peak."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,22 @@ def dequantize(q: Int, scale: Scale, zero_point: Int | int) -> Float:
     return ((np.asarray(q, np.int32) - zero_point).astype(np.float32) * scale).astype(np.float32)
 
 
+def quantize_float8(x: Float, scale: Scale, spec: QuantSpec) -> NDArray[Any]:
+    """x / scale as the nearest float8 of the spec's dtype; what is too large becomes the largest.
+
+    Returns:
+        array of the dtype that ml_dtypes has for it, shape of x.
+    """
+    with np.errstate(over="ignore"):
+        ratio = np.asarray(x, np.float32) / np.asarray(scale, np.float32)
+    return np.clip(ratio, spec.qmin, spec.qmax).astype(spec.dtype.numpy())
+
+
+def dequantize_float8(q: NDArray[Any], scale: Scale) -> Float:
+    """q * scale, as float32."""
+    return (q.astype(np.float32) * scale).astype(np.float32)
+
+
 def scale_zero_point(low: Scale, high: Scale, spec: QuantSpec) -> tuple[Float, Int]:
     """Scale and zero point that cover [low, high] and represent 0 exactly.
 
@@ -129,13 +143,16 @@ def quantize_weight(w: Float, axis: int | None, spec: QuantSpec) -> tuple[Int, F
             squared error of each channel, anything else covers the whole range.
 
     Returns:
-        q (int32, shape of w), scale and zero point (1-D along `axis`, or 0-D).
+        q (int32 or float8, shape of w), scale and zero point (1-D along `axis`, or 0-D).
     """
     low, high = weight_range(w, axis)
     best = scale_zero_point(low, high, spec)
-    if spec.observer == "mse":
+    if spec.observer == "mse" and spec.dtype not in FLOAT8:
         best = _search_clipping(w, axis, spec, low, high)
     scale, zero = best
+    if spec.dtype in FLOAT8:
+        wide = scale if axis is None else along(scale, axis, w.ndim)
+        return quantize_float8(w, wide, spec), scale, zero
     if axis is None:
         return quantize(w, scale, zero, spec.qmin, spec.qmax), scale, zero
     wide_scale, wide_zero = along(scale, axis, w.ndim), along(zero, axis, w.ndim)
@@ -165,46 +182,6 @@ def _search_clipping(
 def blockwise(scale: NDArray[Number], size: int, count: int) -> NDArray[Number]:
     """(blocks, N) as (count, N): each row repeated `size` times, the last one where it ends."""
     return np.repeat(scale, size, axis=0)[:count]
-
-
-def quantize_blocks(w: Float, size: int, spec: QuantSpec, limit: int) -> tuple[Int, Int, Float]:
-    """Round-to-nearest of a matrix in blocks whose scales are integer multiples of their column's.
-
-    Then q · multiplier is an integer as well: blocks of few bits, for a kernel that knows nothing
-    but int8 columns. The price is that a block's scale has few values, 1 to 18 at 4 bits in int8:
-    0.1 dB of SQNR, 0.3 dB where products saturate (limit 64).
-
-    Source: two-level scales, Dai et al. 2021, "VS-Quant", section 4.2; Lin et al. 2024, "QServe",
-    section 4.1.
-
-    Args:
-        w: (K, N).
-        size: rows of a block; the last one may be shorter.
-        spec: symmetric; `observer="mse"` chooses each block's multiplier by its squared error,
-            anything else the smallest that covers the block.
-        limit: largest magnitude that q · multiplier may reach, at least that of q.
-
-    Returns:
-        q (int32, (K, N)), multiplier (int32 >= 1, (blocks, N)) and scale (float32, (1, N));
-        w ≈ q · blockwise(multiplier · scale).
-    """
-    starts = np.arange(0, w.shape[0], size)
-    steps = np.maximum.reduceat(np.abs(w), starts, axis=0) / np.float32(spec.qmax)
-    most = limit // max(spec.qmax, -spec.qmin)
-    scale = np.maximum(steps.max(axis=0, keepdims=True) / np.float32(most), SMALLEST_SCALE)
-    scale = scale.astype(np.float32)
-    q, multiplier = np.zeros(w.shape, np.int32), np.ones(steps.shape, np.int32)
-    best = np.full(steps.shape, np.inf)
-    for ratio in BLOCK_CLIPPING if spec.observer == "mse" else (1.0,):
-        needed = np.ceil(steps * np.float32(ratio) / scale - np.float32(1e-3))
-        tried = np.clip(needed, 1, most).astype(np.int32)
-        wide = blockwise((tried * scale).astype(np.float32), size, w.shape[0])
-        rounded = quantize(w, wide, 0, spec.qmin, spec.qmax)
-        error = np.add.reduceat(np.square(rounded * wide - w), starts, axis=0)
-        better = error < best
-        best, multiplier = np.where(better, error, best), np.where(better, tried, multiplier)
-        q = np.where(blockwise(better, size, w.shape[0]), rounded, q)
-    return q, multiplier, scale
 
 
 def quantize_groups(w: Float, size: int, spec: QuantSpec) -> tuple[Int, Float, Int]:

@@ -214,7 +214,25 @@ def _known(name: str) -> type[Pass]:
 
 
 def _import(name: str) -> type[Pass]:
-    module_name, _, class_name = name.partition(":")
+    found = imported(name, "class")
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise PipelineError(f"'{name}' is not a subclass of qgraph.pass_manager.Pass")
+    if absent := [a for a in ("name", "contract") if not hasattr(found, a)]:
+        raise PipelineError(f"pass '{name}' has no {absent[0]}: give its class one, see Pass")
+    return found
+
+
+def imported(name: str, kind: str) -> Any:
+    """What `module:name` stands for, in the current directory or installed.
+
+    Args:
+        name: the part behind the colon may have dots.
+        kind: what it should be, for the message.
+
+    Raises:
+        PipelineError: there is no such module, importing it fails, or it has nothing of that name.
+    """
+    module_name, _, inner = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -230,12 +248,7 @@ def _import(name: str) -> type[Pass]:
         reason = f"{type(error).__name__}: {error}"
         raise PipelineError(f"cannot import '{module_name}': {reason}") from error
     try:
-        found = attrgetter(class_name)(module)
+        return attrgetter(inner)(module)
     except AttributeError:
-        hint = _did_you_mean(class_name, vars(module))
-        raise PipelineError(f"module '{module_name}' has no class '{class_name}'{hint}") from None
-    if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise PipelineError(f"'{name}' is not a subclass of qgraph.pass_manager.Pass")
-    if absent := [a for a in ("name", "contract") if not hasattr(found, a)]:
-        raise PipelineError(f"pass '{name}' has no {absent[0]}: give its class one, see Pass")
-    return found
+        hint = _did_you_mean(inner, vars(module))
+        raise PipelineError(f"module '{module_name}' has no {kind} '{inner}'{hint}") from None

@@ -9,6 +9,8 @@ from typing import Literal, get_args, get_type_hints
 
 import onnx_ir as ir
 
+from qgraph.analysis import Site, SiteKind
+from qgraph.annotation import INTEGERS
 from qgraph.errors import QGraphError
 from qgraph.mlp import ends_mlp, in_mlp
 from qgraph.pass_manager import Pass
@@ -20,23 +22,29 @@ from qgraph.passes.annotate import (
     Annotate,
     Rule,
 )
+from qgraph.passes.awq import AWQ
 from qgraph.passes.balance_tables import BalanceTables
 from qgraph.passes.bias_correction import BiasCorrection
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.canonicalize import Canonicalize
+from qgraph.passes.clip_weights import ClipWeights
 from qgraph.passes.convert_opset import ConvertOpset
 from qgraph.passes.distill import Distill
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
 from qgraph.passes.fold_qdq import FoldQDQ
 from qgraph.passes.fuse import Fuse
+from qgraph.passes.gptq import GPTQ
 from qgraph.passes.guard_static import GuardStatic
+from qgraph.passes.hqq import HQQ
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
+from qgraph.passes.load_checkpoint import LoadCheckpoint
 from qgraph.passes.lower import Lower
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.split_outliers import SplitOutliers
-from qgraph.spec import PerAxis, PerBlock, QuantSpec, RangeMethod
+from qgraph.passes.use_bnb4 import UseBnb4
+from qgraph.spec import Codebook, PerAxis, PerBlock, QuantSpec, RangeMethod
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,13 @@ class Recipe:
         name: as the user writes it.
         passes: in order; the last one lowers to the target.
         calibrates: whether it needs calibration data.
+        trains: whether it is for training, see :func:`qgraph.prepare_qat`.
     """
 
     name: str
     passes: tuple[Pass, ...]
     calibrates: bool = False
+    trains: bool = False
 
     def insert(self, new: Pass, *, before: str) -> Recipe:
         """The recipe with one more pass, just before the first pass called `before`.
@@ -247,7 +257,7 @@ def _in_groups(bits: int, group_size: int | Literal["auto"]) -> QuantSpec:
     weight = _weight(bits)
     if bits < 8:
         dtype = ir.DataType.INT4 if bits <= 4 else ir.DataType.INT8
-        weight = weight.with_(dtype=dtype, bits=0 if bits == 4 else bits, observer="mse")
+        weight = weight.with_(dtype=dtype, bits=0 if bits == 4 else bits, observer="absmax")
     size = (64 if bits < 8 else 0) if group_size == "auto" else _checked(group_size)
     return weight.with_(granularity=PerBlock(0, size)) if size else weight
 
@@ -258,19 +268,277 @@ def rtn(
     group_size: int = 64,
     symmetric: bool = True,
     observer: WeightRange = "absmax",
+    embedding_bits: int = 8,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits, rounded to nearest; needs no data.
 
     Args:
-        bits: bits of the weights. Tables keep 8; 3 are stored and run as 4, which is all there is.
+        bits: bits of the weights; 3 are stored and run as 4, which is all there is.
         group_size: input channels that share a scale, 0 = all of them (per channel).
         symmetric: without zero points; with them, 4 bits and fewer are some percent more exact.
         observer: `mse` shrinks ranges as far as the squared error gains by it, `absmax` does not.
+        embedding_bits: bits of lookup tables. With those of the other weights, a table that is tied
+            to the last product is stored once with it.
         rules: which sites to treat otherwise.
     """
-    steps = _weight_only(bits, group_size, symmetric, observer, rules)
+    tables = _tables(embedding_bits, group_size, symmetric, observer)
+    steps = _weight_only(bits, group_size, symmetric, observer, (*rules, *tables))
     return Recipe("rtn", (*FLOAT_STAGE, *steps, *_commit()))
+
+
+def awq(
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    clip: bool = True,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits, scaled and clipped by what their outputs lose on calibration data.
+
+    Args:
+        bits: bits of the weights; 3 are stored and run as 4, which is all there is.
+        group_size: input channels that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points.
+        clip: search the scale of each block, too; without it, weights are only multiplied.
+        rules: which sites to treat otherwise.
+    """
+    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules)
+    clipped = (ClipWeights(),) if clip else ()
+    steps = (*annotate, AWQ(), BalanceTables(), *clipped, InsertQDQ(), FoldQDQ(), Lower())
+    return Recipe("awq", (*FLOAT_STAGE, *steps), calibrates=True)
+
+
+def gptq(
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    act_order: bool = True,
+    damping: float = 0.1,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits that make up for each other's rounding errors on calibration data.
+
+    Args:
+        bits: bits of the weights; 3 are stored and run as 4, which is all there is.
+        group_size: input channels that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points.
+        act_order: round the weights of the strongest channels first.
+        damping: weight of staying near the float weights; more of it fits calibration data less,
+            and other data better.
+        rules: which sites to treat otherwise.
+    """
+    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules)
+    steps = (*annotate, BalanceTables(), GPTQ(act_order, damping), InsertQDQ(), FoldQDQ(), Lower())
+    return Recipe("gptq", (*FLOAT_STAGE, *steps), calibrates=True)
+
+
+def hqq(
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = False,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits, in ranges that suit most weights of a block; needs no data.
+
+    Args:
+        bits: bits of the weights; 3 are stored and run as 4, which is all there is.
+        group_size: input channels that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points; they are integers, which is what fast kernels take.
+        rules: which sites to treat otherwise.
+    """
+    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules)
+    steps = (*annotate, BalanceTables(), HQQ(), InsertQDQ(), FoldQDQ(), Lower())
+    return Recipe("hqq", (*FLOAT_STAGE, *steps))
+
+
+def nf4(
+    *,
+    group_size: int = 64,
+    double_quant: bool = True,
+    observer: WeightRange = "absmax",
+    kernel: CodebookKernel = "int8",
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 4 bits at the quantiles of the normal distribution (QLoRA); needs no data.
+
+    Args:
+        group_size: input channels that share a scale, from 16.
+        double_quant: scales in 8 bits each, as QLoRA has them, instead of 32.
+        observer: `absmax` as in bitsandbytes; `mse` seeks each block's scale, of either sign, for
+            the least squared error.
+        kernel: `int8` is fast, its levels rounded to 127ths; `bnb4` keeps them exact in MatMulBnb4,
+            which other tools know, and which on CPUs is five times slower than float.
+        rules: which sites to treat otherwise.
+    """
+    return Recipe("nf4", _codebook("nf4", group_size, double_quant, observer, kernel, rules))
+
+
+def fp4(
+    *,
+    group_size: int = 64,
+    double_quant: bool = True,
+    observer: WeightRange = "absmax",
+    kernel: CodebookKernel = "int8",
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 4 bits as floats, the older format of bitsandbytes; needs no data.
+
+    Args:
+        group_size: input channels that share a scale, from 16.
+        double_quant: scales in 8 bits each, instead of 32.
+        observer: as in `nf4`.
+        kernel: as in `nf4`.
+        rules: which sites to treat otherwise.
+    """
+    return Recipe("fp4", _codebook("fp4", group_size, double_quant, observer, kernel, rules))
+
+
+def qat(
+    *,
+    bits: int = 4,
+    act_bits: int = 8,
+    scheme: TrainingScheme = "static",
+    group_size: int = 0,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights and activation scales found by training, see `prepare_qat`; from 2 bits on.
+
+    Args:
+        bits: bits of the weights, 2 to 8.
+        act_bits: bits of activations with a fixed scale, 2 to 8.
+        scheme: `static` activations have fixed scales, that are learned; `dynamic` ones have scales
+            found at run time, token by token; `weights`: activations stay float.
+        group_size: with `weights`, input channels of a product that share a scale, 0 = all of them.
+        rules: which sites to treat otherwise.
+    """
+    if scheme not in get_args(TrainingScheme):
+        known = ", ".join(get_args(TrainingScheme))
+        raise QGraphError(f"scheme '{scheme}' is unknown: use one of {known}")
+    if not 2 <= act_bits <= 8 or (act_bits < 8 and scheme != "static"):
+        raise QGraphError(f"act_bits={act_bits} is out of range: use 2 to 8 with scheme 'static'")
+    if _checked(group_size) and scheme != "weights":
+        raise QGraphError(f"group_size={group_size} is for scheme 'weights' alone")
+    weight = _weight(bits).with_(observer="mse")
+    if scheme == "static":
+        annotate: tuple[Pass, ...] = (
+            Annotate("static", rules=tuple(rules), weight=weight, act_bits=act_bits),
+        )
+    elif scheme == "dynamic":
+        annotate = (Annotate("dynamic", rules=tuple(rules), weight=weight),)
+    else:
+        products = Rule(("matmul", "gemm"), _few_bits(bits, group_size, True, "mse"))
+        convolutions = Rule(("conv", "conv_transpose"), weight)
+        rules = (*rules, products, convolutions)
+        annotate = ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=rules, weight=weight)
+    return Recipe("qat", (*FLOAT_STAGE, *annotate, InsertQDQ(), FoldQDQ(), Lower()), trains=True)
+
+
+TrainingScheme = Literal["static", "dynamic", "weights"]
+CodebookKernel = Literal["int8", "bnb4"]
+
+
+def _codebook(
+    name: Codebook,
+    group_size: int,
+    double: bool,
+    observer: WeightRange,
+    kernel: CodebookKernel,
+    rules: Sequence[Rule],
+) -> tuple[Pass, ...]:
+    size = _checked(group_size)
+    if not size:
+        raise QGraphError(f"group_size=0 is not for {name}, which has blocks: use 16 and more")
+    for value, known in ((observer, get_args(WeightRange)), (kernel, get_args(CodebookKernel))):
+        if value not in known:
+            raise QGraphError(f"'{value}' is unknown for {name}: use one of {', '.join(known)}")
+    weight = QuantSpec(
+        ir.DataType.UINT4, PerBlock(0, size), observer=observer, codebook=name, double=double
+    )
+    blocks = QuantSpec(ir.DataType.INT8, PerBlock(-1, size), observer="dynamic")
+    for_exchange = kernel == "bnb4"
+    products = Rule(("matmul", "gemm"), weight, (None,) if for_exchange else (blocks, None))
+    annotate = ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, products))
+    bnb4 = (UseBnb4(),) if for_exchange else ()
+    return *FLOAT_STAGE, *annotate, BalanceTables(), InsertQDQ(), FoldQDQ(), *bnb4, Lower()
+
+
+def fp8(*, dtype: Float8 = "e4m3", activations: bool = False, rules: Sequence[Rule] = ()) -> Recipe:
+    """Weights, and data if wanted, as floats of 8 bits, for GPUs; on CPUs no faster than float.
+
+    Args:
+        dtype: `e4m3` has three bits of mantissa and reaches 448, `e5m2` two, and 57,344.
+        activations: also the data of products, with fixed scales; needs calibration.
+        rules: which sites to treat otherwise.
+    """
+    if dtype not in get_args(Float8):
+        raise QGraphError(f"dtype '{dtype}' is unknown: use one of e4m3, e5m2")
+    kind = ir.DataType.FLOAT8E4M3FN if dtype == "e4m3" else ir.DataType.FLOAT8E5M2
+    weight, data = QuantSpec(kind, PerAxis(0), observer="absmax"), QuantSpec(kind)
+    products = Rule(("matmul", "gemm"), weight, (data, None) if activations else (None,))
+    others = Rule(("conv", "conv_transpose"), weight)
+    annotate = Annotate("dynamic", rules=(*rules, products, others))
+    calibrate = (InsertObservers(), Calibrate()) if activations else ()
+    steps = (ConvertOpset(SMALL_INTEGERS), annotate, *calibrate, *_commit())
+    return Recipe("fp8", (*FLOAT_STAGE, *steps), calibrates=activations)
+
+
+Float8 = Literal["e4m3", "e5m2"]
+
+
+def checkpoint(
+    *,
+    path: str = "",
+    check: bool = True,
+    kernel: CodebookKernel = "int8",
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights that GPTQ, AWQ or bitsandbytes have quantized, from a Hugging Face checkpoint.
+
+    The integers and scales stay what they are. Layers that the checkpoint has in float stay float.
+
+    Args:
+        path: the folder with `config.json` and safetensors files.
+        check: the graph holds the float weights of the same model, and the checkpoint's must
+            resemble them; false for a graph whose weights are random.
+        kernel: of bitsandbytes' weights, as in `nf4`.
+        rules: how to treat layers that are float in the checkpoint.
+    """
+    if kernel not in get_args(CodebookKernel):
+        raise QGraphError(f"kernel '{kernel}' is unknown: use one of int8, bnb4")
+    sizes = (128, 64, 32, 16, 256)
+    blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
+    products: tuple[SiteKind, ...] = ("matmul", "gemm")
+    codes = Rule(products, WEIGHT, (None,), where=lambda site: _brought(site, codebook=True))
+    brought = Rule(products, WEIGHT, (*blocks, None), where=_brought)
+    others = Rule((*products, "conv", "conv_transpose", "gather"), None, why="float in checkpoint")
+    for_exchange = kernel == "bnb4"
+    return Recipe(
+        "checkpoint",
+        (
+            FLOAT_STAGE[0],
+            LoadCheckpoint(path, check),
+            *FLOAT_STAGE[1:],
+            ConvertOpset(SMALL_INTEGERS),
+            Annotate(
+                "dynamic", rules=(*((codes,) if for_exchange else ()), brought, *rules, others)
+            ),
+            BalanceTables(),
+            InsertQDQ(),
+            FoldQDQ(),
+            *((UseBnb4(),) if for_exchange else ()),
+            Lower(),
+        ),
+    )
+
+
+def _brought(site: Site, codebook: bool = False) -> bool:
+    """Whether the site's weight came as integers, or as codes."""
+    spec, _ = site.weight.meta.get(INTEGERS, (None, None))
+    return spec is not None and (not codebook or spec.codebook is not None)
 
 
 WeightRange = Literal["mse", "absmax"]
@@ -284,8 +552,15 @@ def _weight_only(
     weight = _few_bits(bits, group_size, symmetric, observer)
     sizes = (group_size,) if group_size else (128, 64, 32)
     blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
-    products = Rule(("matmul", "gemm"), weight, (*blocks, PER_TOKEN, None))
+    products = Rule(("matmul", "gemm"), weight, (*blocks, PER_TOKEN, None), by_speed=True)
     return ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, products))
+
+
+def _tables(bits: int, group_size: int, symmetric: bool, observer: WeightRange) -> tuple[Rule, ...]:
+    """A rule for lookup tables of fewer than 8 bits, which are in blocks."""
+    if bits == 8:
+        return ()
+    return (Rule(("gather",), _few_bits(bits, group_size or 128, symmetric, observer)),)
 
 
 def _few_bits(bits: int, group_size: int, symmetric: bool, observer: WeightRange) -> QuantSpec:
@@ -339,11 +614,19 @@ def _weight(bits: int) -> QuantSpec:
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "static": static,
     "dynamic": dynamic,
+    "qat": qat,
     "llm-int8": llm_int8,
-    "rtn": rtn,
     "smoothquant": smoothquant,
-    "w8a8": w8a8,
     "zeroquant": zeroquant,
+    "w8a8": w8a8,
+    "rtn": rtn,
+    "gptq": gptq,
+    "awq": awq,
+    "hqq": hqq,
+    "nf4": nf4,
+    "fp4": fp4,
+    "fp8": fp8,
+    "checkpoint": checkpoint,
 }
 
 

@@ -115,7 +115,8 @@ def _lendable(value: ir.Value, tensor: ir.TensorProtocol, main: ir.Graph) -> boo
     if tensor.nbytes <= INLINE_BYTES or value.graph is not main or not value.uses():
         return False
     try:
-        return np.dtype(tensor.dtype.numpy()).kind in "fiub" and tensor.dtype.bitwidth >= 8
+        kind = np.dtype(tensor.dtype.numpy())
+        return kind.isbuiltin == 1 and kind.kind in "fiub" and tensor.dtype.bitwidth >= 8
     except TypeError:
         return False
 

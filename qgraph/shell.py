@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields
 from inspect import Parameter, getdoc, signature
 from pathlib import Path
@@ -16,7 +17,9 @@ from qgraph.errors import QGraphError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
+    from qgraph.compiled import CompiledModel
     from qgraph.pass_manager import Pass
 
 OPTIMIZE_FOR = Parameter(
@@ -26,6 +29,10 @@ OPTIMIZE_FOR = Parameter(
     annotation=Literal["prompt", "decode", "both"],
 )
 """A parameter that every recipe has: which runs of a language model decide between lowerings."""
+
+
+LEARNING_RATE = 1e-3
+"""Of Adam, where `--train` is given losses."""
 
 
 def show(content: RenderableType) -> None:
@@ -89,6 +96,61 @@ def recipe_arguments(name: str, pairs: list[str]) -> dict[str, Any]:
     own = {key: value for key, value in values.items() if key != OPTIMIZE_FOR.name}
     get_recipe(name, own)  # refuses values out of range
     return values
+
+
+def train_and_compile(
+    function: str,
+    source: ir.Model,
+    recipe: str,
+    parameters: dict[str, Any],
+    calibration: str | None,
+    target: str,
+    samples: int | None,
+    seed: int,
+    verify: bool,
+) -> CompiledModel:
+    """What `--train module:function` does.
+
+    The function is called with the module that `prepare_qat` gives. It either trains that module
+    itself and returns None, or returns an iterable of losses, such as a generator: each is
+    minimized with one step of Adam before the next one is asked for.
+
+    Raises:
+        QGraphError: the function cannot be imported, or gives something else.
+    """
+    import qgraph
+    from qgraph.pipeline import imported
+    from qgraph.progress import display
+
+    steps = imported(function, "function")
+    if not callable(steps):
+        raise QGraphError(f"--train {function}: that is no function")
+    parameters = {key: value for key, value in parameters.items() if key != OPTIMIZE_FOR.name}
+    qmodel = qgraph.prepare_qat(source, recipe=recipe, seed=seed, **parameters)
+    if calibration is not None:
+        qmodel.calibrate(calibration, samples)
+    import torch
+
+    torch.manual_seed(seed)
+    losses = steps(qmodel.train())
+    if losses is not None:
+        optimizer = torch.optim.Adam(qmodel.parameters(), LEARNING_RATE)
+        for loss in display()(_losses(losses, function), "training"):
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return qgraph.compile(qmodel.eval(), target=target, verify=verify, progress=display())
+
+
+def _losses(losses: Any, function: str) -> Iterator[torch.Tensor]:
+    import torch
+
+    if not isinstance(losses, Iterable):
+        raise QGraphError(f"--train {function}: it returned no losses: yield one for each batch")
+    for loss in losses:
+        if not (isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1):
+            raise QGraphError(f"--train {function}: a loss must be one number that depends on it")
+        yield loss
 
 
 def parse_size(text: str) -> int:

@@ -9,18 +9,19 @@ from numpy.typing import NDArray
 
 from qgraph.numerics import (
     dequantize,
+    dequantize_float8,
     dequantize_per_token,
     quantize,
+    quantize_float8,
     quantize_per_token,
     round_in_blocks,
     scale_zero_point,
     token_grid,
 )
-from qgraph.spec import PerAxis, PerBlock, PerToken, QuantSpec
+from qgraph.spec import FLOAT8, PerAxis, PerBlock, PerToken, QuantSpec
 from qgraph.weights import (
     Quantized,
-    has_own_scales,
-    quantize_in_blocks,
+    quantize_in_codebook,
     quantize_in_groups,
     quantize_in_slices,
 )
@@ -51,16 +52,17 @@ def rounded_data(
         return round_in_blocks(x, spec.granularity.size)
     low, high = span or (x.min(), x.max())
     scale, zero = scale_zero_point(np.float32(low), np.float32(high), spec)
+    if spec.dtype in FLOAT8:
+        return dequantize_float8(quantize_float8(x, scale, spec), scale)
     return dequantize(quantize(x, scale, zero, spec.qmin, spec.qmax), scale, zero)
 
 
-def rounded_weight(w: Float, spec: QuantSpec, data: QuantSpec | None) -> Float:
-    """A weight, quantized for data with this spec, and back; products that could saturate are not
-    looked for."""
+def rounded_weight(w: Float, spec: QuantSpec) -> Float:
+    """A weight, quantized and back; products that could saturate are not looked for."""
     if isinstance(spec.granularity, PerBlock):
-        if has_own_scales(data):
-            return quantize_in_groups(w, spec.granularity, spec).float()
-        return quantize_in_blocks(w, spec.granularity, spec, 127).float()
+        if spec.codebook:
+            return quantize_in_codebook(w, spec.granularity, spec).float()
+        return quantize_in_groups(w, spec.granularity, spec).float()
     axis = spec.granularity.axis if isinstance(spec.granularity, PerAxis) else None
     return Quantized(*quantize_in_slices(w, axis, spec), axis).float()
 

@@ -14,6 +14,9 @@ RangeMethod = Literal["minmax", "percentile", "entropy", "mse", "absmax", "dynam
 """How the range is found: from calibration (the first four), from the weight itself (`absmax`,
 `mse`), or at run time (`dynamic`)."""
 
+Codebook = Literal["nf4", "fp4"]
+"""Tables of 16 levels that codes of 4 bits stand for, see :mod:`qgraph.codebooks`."""
+
 
 @dataclass(frozen=True)
 class PerTensor:
@@ -64,7 +67,11 @@ _BITS = {
     ir.DataType.INT16: 16,
     ir.DataType.UINT16: 16,
     ir.DataType.INT32: 32,
+    ir.DataType.FLOAT8E4M3FN: 8,
+    ir.DataType.FLOAT8E5M2: 8,
 }
+FLOAT8 = {ir.DataType.FLOAT8E4M3FN: 448, ir.DataType.FLOAT8E5M2: 57344}
+"""Floats of 8 bits, and the largest number that each holds; they have no integers."""
 _SIGNED = {
     ir.DataType.INT2,
     ir.DataType.INT4,
@@ -78,7 +85,8 @@ _SYNTAX = re.compile(
     r"(?P<dtype>\w+)(?::(?P<bits>\d+))? "
     r"per-(?P<kind>tensor|token|axis(?=\(-?\d+\))|block(?=\(-?\d+, ))"
     r"(?:\((?P<axis>-?\d+)(?:, (?P<size>\d+))?\))? "
-    r"(?P<symmetry>sym|asym) (?P<observer>\w+)(?: group=(?P<group>.+))?",
+    r"(?P<symmetry>sym|asym) (?P<observer>\w+)"
+    r"(?: codebook=(?P<codebook>\w+)(?P<double> double)?)?(?: group=(?P<group>.+))?",
     re.DOTALL,
 )
 
@@ -88,15 +96,18 @@ class QuantSpec:
     """How to quantize one tensor.
 
     Attributes:
-        dtype: integer type that holds the result.
+        dtype: integer type that holds the result, or a float of 8 bits.
         granularity: which elements share a scale.
         symmetric: the zero point is the middle of the range (0 signed, 128 for uint8).
         observer: how the range is found, see :data:`RangeMethod`.
         bits: levels used, at most the width of `dtype` (3-bit weights live in int4). 0 = all of it.
         group: tensors whose specs name the same group share one scale and zero point.
+        codebook: what the integers stand for, if not for themselves; uint4 in blocks.
+        double: the scales of a codebook's blocks are quantized, too (QLoRA's double quantization).
 
     Raises:
-        QGraphError: `dtype` is no integer type that qgraph quantizes to, or narrower than `bits`.
+        QGraphError: `dtype` is no type that qgraph quantizes to, or narrower than `bits`, or cannot
+            have this codebook.
     """
 
     dtype: ir.DataType = ir.DataType.INT8
@@ -105,14 +116,27 @@ class QuantSpec:
     observer: RangeMethod = "minmax"
     bits: int = 0
     group: str | None = None
+    codebook: Codebook | None = None
+    double: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _BITS:
-            raise QGraphError(f"cannot quantize to {self.dtype.name}: use an integer dtype")
+            known = "use an integer dtype or float8"
+            raise QGraphError(f"cannot quantize to {self.dtype.name}: {known}")
+        if self.dtype in FLOAT8 and (self.bits or not self.symmetric):
+            raise QGraphError(f"{self.dtype.name} has neither fewer bits nor zero points")
         if self.bits and not 2 <= self.bits <= _BITS[self.dtype]:
             raise QGraphError(
                 f"bits={self.bits} does not fit {self.dtype.name}: use 2 to {_BITS[self.dtype]}"
             )
+        if self.codebook not in (None, *get_args(Codebook)):
+            known = ", ".join(get_args(Codebook))
+            raise QGraphError(f"codebook '{self.codebook}' is unknown: use one of {known}")
+        in_blocks = isinstance(self.granularity, PerBlock)
+        if self.codebook and not (self.dtype == ir.DataType.UINT4 and in_blocks):
+            raise QGraphError(f"codes of {self.codebook} are uint4 in blocks, see PerBlock")
+        if self.double and not self.codebook:
+            raise QGraphError("only scales of a codebook's blocks are quantized twice")
 
     @property
     def width(self) -> int:
@@ -122,13 +146,17 @@ class QuantSpec:
     @property
     def qmin(self) -> int:
         """Smallest integer used. Symmetric ranges give up their lowest, so that -q exists."""
+        if self.dtype in FLOAT8:
+            return -FLOAT8[self.dtype]
         if self.dtype in _SIGNED:
             return -(1 << (self.width - 1)) + int(self.symmetric and self.width > 2)
         return int(self.symmetric and self.width > 2)
 
     @property
     def qmax(self) -> int:
-        """Largest integer used."""
+        """Largest integer used, or largest number of a float."""
+        if self.dtype in FLOAT8:
+            return FLOAT8[self.dtype]
         return (1 << (self.width - 1)) - 1 if self.dtype in _SIGNED else (1 << self.width) - 1
 
     def with_(self, **changes: object) -> QuantSpec:
@@ -162,10 +190,15 @@ class QuantSpec:
             found["observer"],  # type: ignore[arg-type]
             int(found["bits"] or 0),
             found["group"],
+            found["codebook"],  # type: ignore[arg-type]
+            bool(found["double"]),
         )
 
     def __str__(self) -> str:
         kind = "sym" if self.symmetric else "asym"
         bits = f":{self.bits}" if self.bits else ""
+        table = f" codebook={self.codebook}" if self.codebook else ""
+        double = " double" if self.double else ""
         group = f" group={self.group}" if self.group else ""
-        return f"{self.dtype.name.lower()}{bits} {self.granularity} {kind} {self.observer}{group}"
+        spec = f"{self.dtype.name.lower()}{bits} {self.granularity} {kind} {self.observer}"
+        return f"{spec}{table}{double}{group}"

@@ -23,12 +23,15 @@ class Verdict:
         speedup: float time / quantized time as measured, or 0.0 where nothing was measured.
         conversions: time of converting input and output, in units of the float time, where that
             is not part of `speedup`: neighbours in integers save it.
+        slowest: the lowest speedup among the numbers of rows that count, where `speedup` is their
+            mean; infinite where it tells nothing.
     """
 
     ok: bool
     reason: str
     speedup: float = 0.0
     conversions: float = 0.0
+    slowest: float = float("inf")
 
 
 class Target(Protocol):
@@ -38,8 +41,6 @@ class Target(Protocol):
         name: as the user writes it: `cpu`, `cpu:avx2`, `onnx`, ...
         saturates: u8·s8 products are added in pairs in int16 (x86 without VNNI), so two large
             products can overflow; weights must be repaired where that can happen.
-        block_limit: largest magnitude that an integer weight times the integer multiplier of its
-            block may reach in the kernels that run weights in blocks.
         measured: whether verdicts come from timing this machine.
     """
 
@@ -48,9 +49,6 @@ class Target(Protocol):
 
     @property
     def saturates(self) -> bool: ...
-
-    @property
-    def block_limit(self) -> int: ...
 
     @property
     def measured(self) -> bool: ...

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from qgraph.analysis import Site
-from qgraph.annotation import IN, INTEGERS, MOVES, STATS, static_spec
+from qgraph.annotation import IN, INTEGERS, MOVES, SCALE, STATS, static_spec
+from qgraph.codebooks import (
+    FACTORS,
+    LEVELS,
+    NestedScales,
+    codes_at,
+    integer_levels,
+    nest_scales,
+    quantize_to_levels,
+)
 from qgraph.errors import PipelineError
 from qgraph.graph import add_constant, array, attribute, constant, dims, is_op, release, unmap
 from qgraph.numerics import (
@@ -18,8 +28,8 @@ from qgraph.numerics import (
     blockwise,
     can_saturate,
     dequantize,
+    dequantize_float8,
     quantize,
-    quantize_blocks,
     quantize_groups,
     quantize_unsaturated,
     quantize_weight,
@@ -27,17 +37,18 @@ from qgraph.numerics import (
     weight_scale_for_bias,
 )
 from qgraph.observers import Stats, find_range
-from qgraph.spec import Granularity, PerAxis, PerBlock, PerTensor, QuantSpec
+from qgraph.spec import FLOAT8, Granularity, PerAxis, PerBlock, PerTensor, QuantSpec
 
 CHUNK_BYTES = 16 << 20
 """Weights are quantized in slices of about this size, so that temporaries stay small."""
 CACHED_BYTES = 1 << 18
 """Where many candidates are tried, slices of this size, so that they stay in the CPU's cache."""
-NUMPY = {
+NUMPY: dict[ir.DataType, type[Any]] = {
     ir.DataType.INT8: np.int8,
     ir.DataType.UINT8: np.uint8,
     ir.DataType.INT4: np.int8,
     ir.DataType.UINT4: np.uint8,
+    **{dtype: dtype.numpy().type for dtype in FLOAT8},
 }
 """Array types that hold the integers; onnx-ir packs those of 4 bits when it writes them."""
 _NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
@@ -45,19 +56,18 @@ _NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A weight in integers.
+    """A weight in integers, or in float8.
 
     Attributes:
-        q: int8 or uint8, shape of the weight.
+        q: int8, uint8 or float8, shape of the weight.
         scale: float32, 1-D along `axis`, or 0-D. Of blocks: one for each, (blocks, N), or
-            (N, blocks) for a weight (N, K); with multipliers one for each column, (1, N) or (N, 1).
+            (N, blocks) for a weight (N, K); can be negative.
         zero: zero point, int32, shape of scale.
         axis: output-channel axis, or None for one scale; of blocks the axis K that they divide.
         repaired: channels requantized so that no u8·s8 pair can overflow int16.
         block: elements along `axis` that share a scale, 0 where the weight is not in blocks.
-        multiplier: int32 (blocks, N) or (N, blocks), what the scale of a column is multiplied by in
-            each of its blocks, for kernels that know nothing but int8 columns; None: blocks have
-            scales of their own.
+        table: float32 (16,), what integers in blocks stand for; None: for themselves.
+        nested: how `scale` is stored if it is quantized, too; None: as it is.
     """
 
     q: np.ndarray
@@ -66,7 +76,8 @@ class Quantized:
     axis: int | None
     repaired: int = 0
     block: int = 0
-    multiplier: np.ndarray | None = None
+    table: np.ndarray | None = None
+    nested: NestedScales | None = None
 
     def steps(self) -> np.ndarray:
         """What one step of each integer is worth: float32, broadcasts against `q`."""
@@ -74,23 +85,50 @@ class Quantized:
             return self.scale
         if not self.block:
             return along(self.scale, self.axis, self.q.ndim)
-        steps = self.scale if self.multiplier is None else self.multiplier * self.scale
-        return self._blockwise(steps.astype(np.float32))
+        return self._blockwise(self.scale)
 
     def zeros(self) -> np.ndarray:
         """The zero point of each integer: int32, broadcasts against `q`."""
-        if self.block and self.multiplier is None:
+        if self.block:
             return self._blockwise(self.zero)
         return self.zero if self.zero.ndim != 1 else along(self.zero, self.axis or 0, self.q.ndim)
 
     def float(self) -> np.ndarray:
         """What the integers stand for."""
+        if self.table is not None:
+            return np.asarray(self.table[self.q] * self.steps(), np.float32)
+        if ir.DataType.from_numpy(self.q.dtype) in FLOAT8:
+            return dequantize_float8(self.q, self.steps())
         return dequantize(self.q, self.steps(), self.zeros())
 
     def _blockwise(self, values: np.ndarray) -> np.ndarray:
         if self.axis:
             return blockwise(values.T, self.block, self.q.shape[1]).T
         return blockwise(values, self.block, self.q.shape[0])
+
+
+def replace_weight(model: ir.Model, site: Site, integers: Quantized, word: str) -> None:
+    """Make the site read the float values of these integers, computed when they are read, and
+    `insert-qdq` write the integers as they are.
+
+    Args:
+        word: what was done to the weight, part of its new name.
+    """
+    tensor, spec = constant(site.weight), site.node.meta[IN][site.w_index]
+    assert tensor is not None
+    values = ir.LazyTensor(
+        partial(_values, integers, tensor.dtype),
+        dtype=tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        cache=False,
+    )
+    new = add_constant(model, f"{site.weight.name}_{word}", values)
+    new.meta[INTEGERS] = (spec, integers)
+    site.node.replace_input_with(site.w_index, new)
+
+
+def _values(integers: Quantized, dtype: ir.DataType) -> ir.TensorProtocol:
+    return ir.Tensor(integers.float().astype(dtype.numpy()))
 
 
 def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +145,9 @@ def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
         source = producer.inputs[0]
         if source is not None and static_spec(source) == spec:
             return activation_scale(source)
+    trained: tuple[np.ndarray, np.ndarray] | None = value.meta.get(SCALE)
+    if trained is not None:
+        return trained
     if stats is None or not stats.count:
         raise PipelineError(
             f"'{value.name}' is to be quantized statically but was not calibrated: "
@@ -131,37 +172,33 @@ def _writable(spec: QuantSpec, *kinds: type[Granularity]) -> QuantSpec:
 
 
 def quantize_site(
-    site: Site, spec: QuantSpec, saturates: bool, block_limit: int = 127
+    site: Site, spec: QuantSpec, saturates: bool
 ) -> Quantized:
     """The site's weight in integers, ready for the kernels it will meet.
 
     Args:
         spec: of the weight.
         saturates: u8·s8 products are added in pairs in int16, see `Target.saturates`.
-        block_limit: see `Target.block_limit`.
 
     Raises:
         PipelineError: the spec cannot be written, or the data is not calibrated.
     """
     wanted, trained = site.weight.meta.get(INTEGERS, (None, None))
+    given: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
     if wanted == spec and isinstance(trained, Quantized):
-        return trained
+        return _for_kernel(trained, given)
     w = array(site.weight)
     assert w is not None
-    kinds = (PerTensor, PerAxis, *((PerBlock,) if site.kind in ("matmul", "gemm") else ()))
+    kinds = (PerTensor, PerAxis, *((PerBlock,) if w.ndim == 2 else ()))
     granularity = _writable(spec, *kinds).granularity
     if isinstance(granularity, PerBlock):
-        given: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
-        if has_own_scales(given):
-            return quantize_in_groups(w, granularity, spec)
-        if not spec.symmetric or spec.qmin >= 0:
-            raise PipelineError(
-                f"'{spec}' has zero points, which int8 columns do not know: use symmetric weights, "
-                "or data in blocks"
-            )
-        return quantize_in_blocks(w, granularity, spec, block_limit)
+        if spec.codebook:
+            return _for_kernel(quantize_in_codebook(w, granularity, spec), given)
+        return quantize_in_groups(w, granularity, spec)
     axis = granularity.axis if isinstance(granularity, PerAxis) else None
-    data: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
+    if spec.dtype in FLOAT8:
+        return Quantized(*quantize_in_slices(w, axis, spec), axis)
+    data = given
     fixed = activation_scale(site.x) if data is not None and data.observer != "dynamic" else None
     floor = _bias_floor(site, fixed[0]) if fixed is not None else None
     q, scale, zero = quantize_in_slices(w, axis, spec, floor)
@@ -172,10 +209,11 @@ def quantize_site(
     return Quantized(q, scale, zero, axis, repaired)
 
 
-def has_own_scales(data: QuantSpec | None) -> bool:
-    """Whether each block of a weight can have any scale: its product with data of this spec is made
-    by a kernel that knows blocks, not by one for int8 columns."""
-    return data is None or isinstance(data.granularity, PerBlock)
+def _for_kernel(weight: Quantized, data: QuantSpec | None) -> Quantized:
+    """The weight with the levels that its product has: beside integers, integers as well."""
+    if weight.table is None or data is None:
+        return weight
+    return replace(weight, table=integer_levels(weight.table))
 
 
 def _largest_pairs(site: Site, scale: np.ndarray, zero: np.ndarray) -> int | np.ndarray:
@@ -231,29 +269,6 @@ def quantize_in_slices(
     return result, scales, zeros
 
 
-def quantize_in_blocks(w: np.ndarray, blocks: PerBlock, spec: QuantSpec, limit: int) -> Quantized:
-    """:func:`numerics.quantize_blocks` of a matrix of any size, (K, N) or (N, K).
-
-    Args:
-        w: float weight, memory-mapped or not.
-        blocks: their size, and which axis of `w` is K.
-        limit: largest magnitude of an integer times its block's multiplier.
-    """
-    rows = w.T if blocks.axis else w
-    k, n = rows.shape
-    q, scale = np.empty(rows.shape, NUMPY[spec.dtype]), np.empty((1, n), np.float32)
-    multiplier = np.empty((-(-k // blocks.size), n), np.int32)
-    step = max(1, CHUNK_BYTES // (16 * max(k, 1)))
-    for start in range(0, n, step):
-        part = (slice(None), slice(start, start + step))
-        piece = np.asarray(rows[part], np.float32)
-        q[part], multiplier[part], scale[part] = quantize_blocks(piece, blocks.size, spec, limit)
-    if blocks.axis:
-        q, multiplier, scale = (np.ascontiguousarray(a.T) for a in (q, multiplier, scale))
-    zero = np.zeros(scale.shape, np.int32)
-    return Quantized(q, scale, zero, blocks.axis, 0, blocks.size, multiplier)
-
-
 def quantize_in_groups(w: np.ndarray, blocks: PerBlock, spec: QuantSpec) -> Quantized:
     """:func:`numerics.quantize_groups` of a matrix of any size, (K, N) or (N, K).
 
@@ -273,6 +288,41 @@ def quantize_in_groups(w: np.ndarray, blocks: PerBlock, spec: QuantSpec) -> Quan
     if blocks.axis:
         q, scale, zero = (np.ascontiguousarray(a.T) for a in (q, scale, zero))
     return Quantized(q, scale, zero, blocks.axis, block=blocks.size)
+
+
+def quantize_in_codebook(w: np.ndarray, blocks: PerBlock, spec: QuantSpec) -> Quantized:
+    """:func:`codebooks.quantize_to_levels` of a matrix of any size, (K, N) or (N, K).
+
+    Args:
+        w: float weight, memory-mapped or not.
+        blocks: their size, and which axis of `w` is K.
+        spec: names the codebook; `observer="mse"` seeks the scales of the least squared error,
+            anything else covers the whole range.
+    """
+    assert spec.codebook is not None
+    columns, table = w if blocks.axis else w.T, LEVELS[spec.codebook]
+    n, k = columns.shape
+    codes, scale = (
+        np.empty(columns.shape, np.uint8),
+        np.empty((n, -(-k // blocks.size)), np.float32),
+    )
+    step = max(1, CACHED_BYTES // (4 * max(k, 1)))
+    factors = FACTORS if spec.observer == "mse" else (1.0,)
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        piece = np.asarray(columns[part], np.float32)
+        codes[part], scale[part] = quantize_to_levels(piece, blocks.size, table, factors)
+    nested = nest_scales(scale) if spec.double else None
+    if nested is not None:  # codes for the scales as they come back: that undoes most of the loss
+        scale = nested.float().reshape(scale.shape)
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            piece = np.asarray(columns[part], np.float32)
+            codes[part] = codes_at(piece, scale[part], blocks.size, table)
+    if not blocks.axis:
+        codes, scale = (np.ascontiguousarray(a.T) for a in (codes, scale))
+    zero = np.zeros(scale.shape, np.int32)
+    return Quantized(codes, scale, zero, blocks.axis, block=blocks.size, table=table, nested=nested)
 
 
 def unscalable(x: ir.Value, readers: Sequence[Site]) -> str | None:

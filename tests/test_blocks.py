@@ -9,18 +9,14 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from qgraph.annotation import IN
 from qgraph.context import Context
 from qgraph.errors import PipelineError
-from qgraph.graph import attribute
+from qgraph.graph import array, attribute
 from qgraph.model_io import load, save
 from qgraph.numerics import (
-    blockwise,
     can_saturate,
-    quantize_blocks,
-    quantize_weight,
     sqnr_db,
 )
 from qgraph.pass_manager import Pass
@@ -31,7 +27,6 @@ from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.lower import Lower
 from qgraph.spec import PerAxis, PerBlock, QuantSpec
 from qgraph.target import Target
-from qgraph.weights import quantize_in_blocks
 from tests.models import build, feed, if_model, ops, outputs, weight
 from tests.pipelines import (
     COMMIT,
@@ -68,93 +63,6 @@ def in_blocks(spec: QuantSpec = INT4, *activations: QuantSpec) -> tuple[Pass, ..
     return Canonicalize(), Annotate("dynamic", rules=(rule,))
 
 
-# --- the mathematics ------------------------------------------------------------------------------
-
-
-def test_a_worked_example() -> None:
-    # The column's largest block has |w| = 14, so 7 levels of 2 = 18 · 2/18: its multiplier is 18.
-    # The other block needs 7 levels of 1 = 9 · 2/18.
-    w = np.array([[14, 0], [-3, 0], [7, 0], [2, 0]], np.float32)
-    q, multiplier, scale = quantize_blocks(w, 2, INT4.with_(observer="absmax"), 127)
-    assert q.tolist() == [[7, 0], [-2, 0], [7, 0], [2, 0]]  # -1.5 rounds to even
-    assert multiplier.tolist() == [[18, 1], [9, 1]]
-    assert scale[0, 0] == np.float32(2 / 18)
-    assert (q * blockwise(multiplier, 2, 4))[:, 0].tolist() == [126, -36, 63, 18]
-
-
-def reference(w: np.ndarray, size: int, q: np.ndarray, steps: np.ndarray) -> float:
-    """Squared error in float64, block by block, column by column."""
-    total = 0.0
-    for row in range(len(w)):
-        for column in range(w.shape[1]):
-            step = np.float64(steps[row // size, column])
-            total += float((np.float64(q[row, column]) * step - np.float64(w[row, column])) ** 2)
-    return total
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
-@pytest.mark.parametrize("limit", [64, 127, FREE])
-def test_blocks_are_worth_their_scales(bits: int, limit: int) -> None:
-    rng = np.random.default_rng(bits)
-    w = (rng.normal(size=(90, 7)) * np.repeat(rng.uniform(0.2, 1, 6), 15)[:, np.newaxis]).astype(
-        np.float32
-    )
-    spec = QuantSpec(ir.DataType.INT8, bits=bits)
-    errors = {}
-    for observer in ("absmax", "mse"):
-        q, multiplier, scale = quantize_blocks(w, 15, spec.with_(observer=observer), limit)
-        errors[observer] = reference(w, 15, q, multiplier * scale)
-    q, column, _ = quantize_weight(w, 1, spec)
-    whole = reference(w, 90, q, column[np.newaxis])
-    assert errors["mse"] <= errors["absmax"] <= whole * 1.001
-    assert errors["mse"] < 0.9 * whole or limit // spec.qmax < 4
-
-
-@settings(deadline=None)
-@given(
-    hnp.arrays(
-        np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12),
-        elements=st.floats(-(2.0**60), 2.0**60, width=32),
-    ),
-    st.integers(1, 13), st.integers(2, 7), st.sampled_from([64, 127, FREE]),
-    st.sampled_from(["absmax", "mse"]),
-)  # fmt: skip
-def test_any_matrix_stays_within_its_limits(
-    w: np.ndarray, size: int, bits: int, limit: int, observer: str
-) -> None:
-    spec = QuantSpec(ir.DataType.INT8, bits=bits, observer=observer)  # type: ignore[arg-type]
-    q, multiplier, scale = quantize_blocks(w, size, spec, limit)
-    assert (multiplier.shape, scale.shape) == ((-(-len(w) // size), w.shape[1]), (1, w.shape[1]))
-    wide = blockwise(multiplier, size, len(w))
-    assert wide.shape == q.shape == w.shape
-    assert (multiplier >= 1).all()
-    assert (scale > 0).all()
-    assert np.isfinite(scale).all()
-    assert (np.abs(q * wide) <= limit).all()
-    if observer == "absmax":  # nothing is clipped: half a step is the largest error
-        steps = wide * scale.astype(np.float64)
-        top = -spec.qmin if bits == 2 else spec.qmax
-        assert (np.abs(q * steps - w) <= steps * (0.5 + 2e-3 * top)).all()
-    if limit == 64:
-        assert not can_saturate(q * wide, 255).any()
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("n", [3, 5000])
-def test_matrices_of_any_size_and_orientation(axis: int, n: int) -> None:
-    w = weight("w", 70, n).numpy()
-    held = np.ascontiguousarray(w.T) if axis else w
-    found = quantize_in_blocks(held, PerBlock(axis, 16), INT4, 127)
-    q, multiplier, scale = quantize_blocks(w, 16, INT4, 127)
-    assert found.multiplier is not None
-    assert found.scale.shape == ((n, 1) if axis else (1, n))
-    for a, b in ((found.q, q), (found.multiplier, multiplier), (found.scale, scale)):
-        np.testing.assert_array_equal(a.T if axis else a, b)
-    assert found.q.dtype == np.int8
-    assert found.float().shape == held.shape
-    assert sqnr_db(held, found.float()) > 18
-
-
 # --- how they are written -------------------------------------------------------------------------
 
 
@@ -168,16 +76,13 @@ def test_before_and_after() -> None:
     apply(model, [InsertQDQ()], target=VNNI)
     lines = body(model, weights=True).splitlines()
     assert "\n".join(line for line in lines if "%w" in line) == golden("""
-        weight %w_q = i4[5, 2] {#4a08149c}
-        weight %w_scale = f32[1, 2] {0.11111111, 0.007936508}
-        weight %w_multiplier = i8[3, 2] {18, 1, 9, 1, 2, 18}
-        %w_multiplier_f32: f32[3, 2] = Cast(%w_multiplier) {to = 1}
-        %w_block_scale: f32[3, 2] = Mul(%w_multiplier_f32, %w_scale)
-        %w_dq: f32[5, 2] = DequantizeLinear(%w_q, %w_block_scale) {axis = 0, block_size = 2}
+        weight %w_q = i4[5, 2] {#b509fd2b}
+        weight %w_scale = f32[3, 2] {-1.75, 8.6736174e-19, -0.875, 8.6736174e-19, -0.125, -0.125}
+        %w_dq: f32[5, 2] = DequantizeLinear(%w_q, %w_scale) {axis = 0, block_size = 2}
         %y: f32[batch, 2] = MatMul(%x_dq, %w_dq)
     """)
     q = initializer(model, "w_q").astype(np.int8)
-    assert q.tolist() == [[7, 0], [-2, 0], [7, 0], [2, 0], [4, 7]]
+    assert q.tolist() == [[-8, 0], [2, 0], [-8, 0], [-2, 0], [-8, -8]]
 
 
 def test_lowered_to_int8_columns() -> None:
@@ -185,10 +90,12 @@ def test_lowered_to_int8_columns() -> None:
     apply(model, (*in_blocks(), *COMMIT), target=VNNI)
     nodes = [line for line in body(model).splitlines() if "%w" in line]
     assert "\n".join(nodes) == golden("""
-        %w_q_multipliers: i8[6, 2] = Gather(%w_multiplier, %qgraph/blocks_6_4) {axis = 0}
-        %w_q_int8: i8[6, 2] = Cast(%w_q) {to = 3}
-        %w_q_columns: i8[6, 2] = Mul(%w_q_int8, %w_q_multipliers)
-        %y_MatMulIntegerToFloat: f32[batch, 2] = com.microsoft::MatMulIntegerToFloat(%x_q_rounded, %w_q_columns, %qgraph/token_step_128, %w_q_column_scale, %qgraph/token_zero_128)
+        %w_q_Cast: f32[6, 2] = Cast(%w_q) {to = 1}
+        %w_q_spread = Gather(%w_q_ratio, %qgraph/blocks_6_4) {axis = 0}
+        %w_q_Mul: f32[6, 2] = Mul(%w_q_Cast, %w_q_spread)
+        %w_q_Round: f32[6, 2] = Round(%w_q_Mul)
+        %w_q_Round_int8: i8[6, 2] = Cast(%w_q_Round) {to = 3}
+        %y_MatMulIntegerToFloat: f32[batch, 2] = com.microsoft::MatMulIntegerToFloat(%x_q_rounded, %w_q_Round_int8, %qgraph/token_step_128, %w_q_column_scale, %qgraph/token_zero_128)
     """)  # noqa: E501
 
 
@@ -197,7 +104,7 @@ def test_standard_blocks_stay() -> None:
     apply(model, (*in_blocks(), *COMMIT), target=ONNX)
     nodes = [line for line in body(model).splitlines() if "%w" in line]
     assert "\n".join(nodes) == golden("""
-        %w_dq: f32[6, 2] = DequantizeLinear(%w_q, %w_q_scale) {axis = 0, block_size = 4}
+        %w_dq: f32[6, 2] = DequantizeLinear(%w_q, %w_scale) {axis = 0, block_size = 4}
         %y: f32[batch, 2] = MatMul(%x_dq, %w_dq)
     """)
     assert model.graph.initializers["w_q"].dtype == ir.DataType.INT4
@@ -215,6 +122,7 @@ def test_standard_blocks_stay() -> None:
         INT4.with_(granularity=PerAxis(1)),
         WEIGHT.with_(bits=6, granularity=PerBlock(0, 5)),
         WEIGHT.with_(granularity=PerBlock(0, 5)),
+        INT4.with_(dtype=ir.DataType.UINT4, symmetric=False),
     ],
     ids=str,
 )
@@ -242,7 +150,7 @@ def test_four_bits_are_four_bits_on_disk(tmp_path: Path) -> None:
         save(model, tmp_path / "model.onnx")
         sizes[spec] = sum(file.stat().st_size for file in tmp_path.iterdir())
     four, eight = sizes.values()
-    assert four < 0.57 * eight
+    assert four < 0.6 * eight
 
 
 def test_onnxruntime_folds_the_columns_when_it_loads_them(tmp_path: Path) -> None:
@@ -266,11 +174,11 @@ def test_onnxruntime_folds_the_columns_when_it_loads_them(tmp_path: Path) -> Non
 
 def test_a_saturating_target_keeps_pairs_within_int16() -> None:
     for target, limit in ((CPU, 64), (VNNI, 127)):
-        assert target.block_limit == limit
         model = product(k=64, n=8)
-        apply(model, (*in_blocks(), InsertQDQ()), target=target)
-        q, multiplier = (initializer(model, f"w_{part}") for part in ("q", "multiplier"))
-        columns = q.astype(np.int32) * blockwise(multiplier.astype(np.int32), 4, 64)
+        apply(model, (*in_blocks(), *COMMIT), target=target)
+        (value,) = (n.outputs[0] for n in model.graph if n.outputs[0].name == "w_q_Round_int8")
+        model.graph.outputs.append(value)
+        columns = outputs(model, feed(model))[1].astype(np.int32)
         assert limit / 2 < np.abs(columns).max() <= limit
         assert not (target.saturates and can_saturate(columns, 255).any())
 
@@ -302,8 +210,9 @@ def test_old_opsets_and_other_operators_get_eight_bits_per_channel() -> None:
     text = "g (int64[2] ids) => (float[2,64] y) { y = Gather (w, ids) }"
     table = build(text, weight("w", 3000, 64))
     context = apply(table, (Canonicalize(), Annotate("dynamic", weight=INT4)))
-    assert specs(table)["y"] == {0: str(WEIGHT)}
-    assert any("are for products, not for Gather" in r.message for r in context.remarks)
+    assert specs(table)["y"] == {0: str(INT4.with_(granularity=PerBlock(1, 4)))}
+    context = apply(table, (Canonicalize(), Annotate("dynamic", weight=INT4)), target=VNNI)
+    assert specs(table)["y"] == {0: str(WEIGHT)}  # its kernel wants blocks of 16 and more
 
 
 def test_a_site_that_stays_float_says_why() -> None:
@@ -315,20 +224,11 @@ def test_a_site_that_stays_float_says_why() -> None:
     assert "float activations" in remark.message
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        INT4.with_(symmetric=False),
-        INT4.with_(dtype=ir.DataType.UINT8),
-        INT4.with_(dtype=ir.DataType.INT16),
-    ],
-    ids=str,
-)
-def test_blocks_that_cannot_be_written(spec: QuantSpec) -> None:
+def test_blocks_that_cannot_be_written() -> None:
     model = product()
     apply(model, [Canonicalize()])
-    model.graph[0].meta[IN] = {0: PER_TOKEN, 1: spec}
-    with pytest.raises(PipelineError, match=r"cannot write '.*blocks of a matrix|has zero points"):
+    model.graph[0].meta[IN] = {0: PER_TOKEN, 1: INT4.with_(dtype=ir.DataType.INT16)}
+    with pytest.raises(PipelineError, match=r"cannot write '.*blocks of a matrix"):
         InsertQDQ().run(model, Context(ONNX))
 
 
@@ -377,13 +277,13 @@ def test_blocks_brought_along_by_a_model_are_left_alone() -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(
-    st.integers(1, 40), st.integers(1, 9), st.integers(2, 50), st.integers(2, 8), st.booleans(),
+    st.integers(1, 40), st.integers(1, 9), st.integers(2, 50), st.integers(2, 6), st.booleans(),
     st.integers(0, 2**16), st.sampled_from([*TARGETS, VNNI]),
 )  # fmt: skip
 def test_any_product(
     k: int, n: int, size: int, bits: int, trans_b: bool, seed: int, target: Target
 ) -> None:
-    """Whatever its shape, lowering keeps the integers, with onnxruntime's optimizations or not."""
+    """Whatever its shape, lowering costs half a step of int8 columns at most."""
     dtype = ir.DataType.INT4 if bits <= 4 else ir.DataType.INT8
     width = 0 if bits in (4, 8) else bits
     spec = QuantSpec(dtype, PerBlock(0, size), bits=width, observer="mse")
@@ -391,10 +291,15 @@ def test_any_product(
     given_ = feed(model, seed)
     apply(model, (*in_blocks(spec), InsertQDQ()), [given_], target)
     before = outputs(model, given_)[0]
+    dq = next(n for n in model.graph if attribute(n, "block_size", 0))
+    w = [array(value) for value in dq.inputs[:2]]
+    assert w[0] is not None
+    assert w[1] is not None
+    largest = np.abs(w[0].astype(np.float32)).max() * np.abs(w[1]).max() * (1 + trans_b)
     apply(model, [Lower()], [given_], target, verify=False)
     after = both(model, given_)[0]
-    np.testing.assert_allclose(
-        after, before, rtol=1e-4, atol=1e-4 * max(np.abs(before).max(), 1e-6)
-    )
+    step = largest / (64 if target.saturates else 127)
+    drift = 0.51 * step * np.abs(given_["x"]).sum(axis=1, keepdims=True) + 1e-4
+    assert (np.abs(after - before) <= drift).all()
     blocked = [n for n in model.graph if attribute(n, "block_size", 0) and len(n.inputs) == 2]
     assert bool(blocked) is (target is ONNX)

@@ -32,7 +32,7 @@ from qgraph.passes.annotate import PER_RUN, Annotate, Rule, Scheme
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.fold_qdq import FoldQDQ
 from qgraph.passes.insert_qdq import InsertQDQ
-from qgraph.spec import PerAxis, PerBlock, PerTensor, QuantSpec
+from qgraph.spec import PerAxis, PerTensor, QuantSpec
 from qgraph.target import Target
 from qgraph.verify import check_structure
 from tests.models import (
@@ -643,7 +643,6 @@ def test_the_repair_is_remarked() -> None:
     ("spec", "why"),
     [
         (QuantSpec(ir.DataType.INT16, PerAxis(0)), "'int16 per-axis.*integers of 4 or 8 bits"),
-        (QuantSpec(granularity=PerBlock(0, 8), symmetric=False), "per-block.*has zero points"),
     ],
 )
 def test_weights_that_it_cannot_write(spec: QuantSpec, why: str) -> None:

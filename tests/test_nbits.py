@@ -156,9 +156,7 @@ def test_simulation_is_the_reference() -> None:
     model, w = product(), weight("w", 32, 6, spread=3.0).numpy()
     spec = WEIGHT.with_(granularity=PerBlock(0, 16))
     apply(model, (*in_blocks(), InsertQDQ()), target=VNNI)
-    committed = round_in_blocks(x, 16) @ rounded_weight(
-        w, spec, QuantSpec(ir.DataType.INT8, PerBlock(-1, 16), observer="dynamic")
-    )
+    committed = round_in_blocks(x, 16) @ rounded_weight(w, spec)
     assert_close(outputs(model, {"x": x})[0], committed)
 
 

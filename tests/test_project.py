@@ -203,7 +203,12 @@ def test_the_public_api_is_the_recorded_one() -> None:
 
 # -------------------------------------------------------------------------- documentation
 
-RUNNABLE = ("README.md", "docs/writing-a-pass.md", "docs/transformers-at-8-bits.md")
+RUNNABLE = (
+    "README.md",
+    "docs/writing-a-pass.md",
+    "docs/transformers-at-8-bits.md",
+    "docs/quantization-aware-training.md",
+)
 DOCUMENTS = (*RUNNABLE, "CONTRIBUTING.md", "docs/how-a-model-flows.md")
 
 
@@ -238,6 +243,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ir.save(models.mlp((16, 32, 8)), "model.onnx")
     np.savez("data.npz", x=np.zeros((4, 16), np.float32) + np.arange(16, dtype=np.float32))
     (tmp_path / "keep_sensitive.py").write_text((ROOT / "examples/keep_sensitive.py").read_text())
+    for document in RUNNABLE:
+        for code in _blocks(document, "python"):
+            if file := re.match(r"# (\w+\.py)\n", code):
+                (tmp_path / file[1]).write_text(code)
     return tmp_path
 
 

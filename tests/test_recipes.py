@@ -14,9 +14,11 @@ from qgraph.graph import constant
 from qgraph.numerics import sqnr_db
 from qgraph.pass_manager import PassManager, Stage
 from qgraph.passes.annotate import Annotate, Rule
+from qgraph.passes.awq import AWQ
 from qgraph.passes.bias_correction import BiasCorrection
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.equalize import Equalize
+from qgraph.passes.gptq import GPTQ
 from qgraph.passes.guard_static import GuardStatic
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.lower import Lower
@@ -37,10 +39,11 @@ def test_every_recipe_is_a_sound_pipeline(name: str) -> None:
     assert recipe.name == name
     PassManager(recipe.passes)
     assert isinstance(recipe.passes[-1], Lower)
-    assert recipe.calibrates is any(isinstance(step, Calibrate) for step in recipe.passes)
+    reads_data = any(isinstance(step, AWQ | Calibrate | GPTQ) for step in recipe.passes)
+    assert recipe.calibrates is reads_data
 
 
-RULED = ("rtn",)
+RULED = ("awq", "checkpoint", "fp4", "fp8", "gptq", "hqq", "nf4", "rtn")
 """Recipes that are a rule and little else."""
 
 
@@ -154,6 +157,10 @@ def test_the_stages_end_lowered() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_runs_give_the_same_text(name: str) -> None:
+    if name == "checkpoint":
+        pytest.skip("it wants a checkpoint")
+    if get_recipe(name, {}).trains:
+        pytest.skip("between its passes there is training")
     texts = []
     for _ in range(2):
         model = mlp()

@@ -27,7 +27,7 @@ from qgraph.target import Target
 from tests.models import feed, outputs, transformer_block
 from tests.pipelines import CPU, ONNX, TARGETS, apply, both, specs
 
-IN_64 = QuantSpec(ir.DataType.INT4, PerBlock(0, 64), observer="mse")
+IN_64 = QuantSpec(ir.DataType.INT4, PerBlock(0, 64), observer="absmax")
 
 
 def weights(**parameters: object) -> dict[str, str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from benchmarks import antibodies, generation, metrics, tasks, zoo
+from benchmarks import antibodies, ctranslate2, generation, metrics, tasks, whisper, zoo
 from benchmarks.zoo import Array
 
 
@@ -21,10 +24,10 @@ def test_cached_builds_once_and_whole(
         raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError, match="interrupted"):
-        zoo._cached("entry", fail)
+        zoo.cached("entry", fail)
     assert not (tmp_path / "entry").exists()
-    assert zoo._cached("entry", lambda out: out.mkdir()) == tmp_path / "entry"
-    assert zoo._cached("entry", fail).is_dir()
+    assert zoo.cached("entry", lambda out: out.mkdir()) == tmp_path / "entry"
+    assert zoo.cached("entry", fail).is_dir()
     assert capsys.readouterr().err.count("zoo: building") == 2
 
 
@@ -87,6 +90,76 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
     assert tasks.perplexity(uniform, chunks) == pytest.approx(7)
 
 
+def test_edit_distance_counts_words_of_lists() -> None:
+    assert metrics.edit_distance(["press", "1", "now"], ["press", "one"]) == 2
+
+
+def test_ctranslate2_files() -> None:
+    def string(text: str) -> bytes:
+        return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
+
+    matrix = np.arange(6, dtype=np.float16).reshape(2, 3)
+    content = struct.pack("<I", 6) + string("WhisperSpec") + struct.pack("<II", 3, 2)
+    content += string("a/weight") + struct.pack("<BIIBI", 2, 2, 3, 4, 12) + matrix.tobytes()
+    content += string("heads") + struct.pack("<BBIh", 0, 2, 2, 8)
+    content += struct.pack("<I", 1) + string("b/weight") + string("a/weight")
+    read = ctranslate2.read(content)
+    assert read.keys() == {"a/weight", "heads", "b/weight"}
+    assert read["heads"] == 8
+    np.testing.assert_array_equal(read["b/weight"], matrix)
+    with pytest.raises(ValueError, match="CTranslate2 format 5; only 6"):
+        ctranslate2.read(struct.pack("<I", 5))
+
+
+def test_whisper_weights_go_by_the_names_of_transformers() -> None:
+    def rows(n: int) -> Array:
+        return np.arange(n * 2, dtype=np.float16).reshape(n, 2)
+
+    state = ctranslate2.whisper_state(
+        {
+            "decoder/embeddings/weight": rows(5),
+            "decoder/layer_3/attention/linear_1/weight": rows(4),
+            "decoder/layer_3/attention/linear_1/bias": np.zeros(4, np.float16),
+            "encoder/layer_norm/gamma": np.ones(2, np.float16),
+            "encoder/position_encodings/encodings": rows(3),
+            "encoder/num_heads": np.array(8, np.int16),
+        }
+    )
+    layer = "model.decoder.layers.3.encoder_attn"
+    assert sorted(state) == [
+        "model.decoder.embed_tokens.weight",
+        f"{layer}.k_proj.weight",
+        f"{layer}.v_proj.bias",
+        f"{layer}.v_proj.weight",
+        "model.encoder.embed_positions.weight",
+        "model.encoder.layer_norm.weight",
+        "proj_out.weight",
+    ]
+    np.testing.assert_array_equal(state[f"{layer}.v_proj.weight"], [[4, 5], [6, 7]])
+    assert {value.dtype for value in state.values()} == {np.dtype(np.float32)}
+
+
+@given(seed=st.integers(0, 9), draft=st.lists(st.integers(0, 3), max_size=14))
+def test_a_draft_does_not_change_the_transcript(seed: int, draft: list[int]) -> None:
+    def after(beginning: Array) -> int:
+        return int(np.random.default_rng([seed, *beginning]).integers(0, 4))
+
+    def decoder(feed: tasks.Feed) -> list[Array]:
+        (ids,) = feed["input_ids"]
+        best = [after(ids[: place + 1]) for place in range(len(ids))]
+        return [np.eye(4, dtype=np.float32)[best][None]]
+
+    expected: list[int] = []
+    while len(expected) < 8 and 3 not in expected:
+        expected.append(after(np.array([*whisper.START, *expected])))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(whisper, "END", 3)
+        patched.setattr(whisper, "LONGEST", 8)
+        patched.setattr(whisper, "_suppressed", lambda _: [])
+        found = whisper.greedy(decoder, np.zeros(()), np.array(draft, np.int64))
+    assert found.tolist() == expected
+
+
 def test_fit_drops_strangers_and_adds_an_empty_cache() -> None:
     feed = {"input_ids": np.ones((1, 5), np.int64), "sr": np.array(16_000)}
     shapes: dict[str, list[int | str]] = {
@@ -135,6 +208,21 @@ def test_antiberty() -> None:
     assert not set(antibodies.sequences("eval", 700)) & set(
         antibodies.sequences("calibration", 700)
     )
+
+
+@pytest.mark.slow
+def test_whisper() -> None:
+    texts = {split: {p.text for p in whisper.prompts(split)} for split in whisper.PROMPTS}
+    assert {split: len(found) for split, found in texts.items()} == whisper.PROMPTS
+    assert not texts["eval"] & texts["calibration"]
+    assert whisper.word_errors(whisper.float_tokens("eval")) == pytest.approx(1.84, abs=0.3)
+    (feed,) = whisper.decoder_feeds(n=1)
+    (sound,) = whisper.encoder_feeds(n=1)
+    for half, inputs in (("encoder", sound), ("decoder", feed)):
+        module, _, _ = getattr(zoo, f"whisper_{half}_module")()
+        run = tasks.session(getattr(zoo, f"whisper_{half}")(), threads=2)
+        expected = tasks.module_runner(module)(inputs)[0]
+        assert metrics.sqnr_db(expected, run(inputs)[0]) > 80
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ import onnx_ir as ir
 
 from qgraph.analysis import Site
 from qgraph.annotation import MOVES
+from qgraph.backends.block_tables import lower_block_tables
 from qgraph.backends.blocks import unpack_weights
+from qgraph.backends.codebooks import lower_codebook_products
 from qgraph.backends.cpu.isa import ISAS, SATURATING, host_isa, host_model
 from qgraph.backends.cpu.norms import part_norms, part_rms_norms
 from qgraph.backends.cpu.table import Case, Lowering, Table, rounded
@@ -21,7 +23,7 @@ from qgraph.backends.tables import lower_tables
 from qgraph.context import Context
 from qgraph.errors import QGraphError
 from qgraph.graph import attribute, dims, is_op
-from qgraph.spec import PerBlock, PerToken, QuantSpec
+from qgraph.spec import FLOAT8, PerBlock, PerToken, QuantSpec
 from qgraph.target import Verdict
 
 GLUE = (
@@ -34,6 +36,11 @@ ROWS = {"prompt": (128,), "decode": (1,), "both": (1, 128)}
 PIXELS = 196
 MARGIN = 1.02
 """A quantized operator must beat float by this much: below it, noise decides."""
+
+FINER = 6
+"""Blocks of so many bits, and no more, are rounded to int8 columns without losing much."""
+PAIRED = 64
+"""The largest integer of such columns where products with u8 are added in pairs in int16."""
 
 CHAIN = 3
 """Convolutions in a row, which tell the time of one from that of the conversions around it."""
@@ -81,11 +88,6 @@ class CpuTarget:
         return self.isa in SATURATING
 
     @property
-    def block_limit(self) -> int:
-        """Blocks run as int8 columns; 64 keeps two products with u8 within int16."""
-        return 64 if self.saturates else 127
-
-    @property
     def measured(self) -> bool:
         """Whether verdicts come from this machine."""
         return self.isa == host_isa()
@@ -93,13 +95,19 @@ class CpuTarget:
     def supports(
         self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
     ) -> Verdict:
+        if site.kind == "gather" and isinstance(weight.granularity, PerBlock):
+            size = weight.granularity.size
+            known = weight.width <= 8 and size in INT8_BLOCKS[4]
+            return Verdict(known, f"rows in blocks of {size} are dequantized as they are gathered")
         if site.kind == "gather" and activation is None:
             return Verdict(True, "rows are dequantized as they are gathered")
         if activation is not None and isinstance(activation.granularity, PerBlock):
             return self._blocks(site, activation.granularity, weight, context)
+        if weight.dtype in FLOAT8 or (activation is None and weight.codebook):
+            return Verdict(True, "computed in float, as fast as float")
         if activation is None:
             return Verdict(False, "onnxruntime has no fast kernel with float activations here")
-        if isinstance(weight.granularity, PerBlock) and self.block_limit < 2 * weight.qmax:
+        if isinstance(weight.granularity, PerBlock) and weight.width > FINER:
             return Verdict(False, f"int8 columns have no room for blocks of {weight.width} bits")
         lowering = _lowering(site, activation)
         if lowering is None:
@@ -129,7 +137,8 @@ class CpuTarget:
         fits = own.size == size if isinstance(own, PerBlock) else weight.width < 8
         if not fits:
             return Verdict(False, "activations in blocks need weights in blocks of that size")
-        bits = next((b for b in (2, 4, 8) if b >= weight.width and size in INT8_BLOCKS[b]), None)
+        least = 8 if weight.codebook else weight.width  # levels of codebooks run as int8
+        bits = next((b for b in (2, 4, 8) if b >= least and size in INT8_BLOCKS[b]), None)
         if bits is None:
             known = ", ".join(map(str, INT8_BLOCKS[8]))
             return Verdict(False, f"blocks of {size} have no kernel: only those of {known}")
@@ -137,7 +146,7 @@ class CpuTarget:
         where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
         mean = float(np.exp(np.log(speedups).mean()))
         # Weights of 8 bits can be columns instead, which are faster than float for prompts too.
-        if (speedups.min() if bits == 8 else mean) < MARGIN:
+        if (speedups.min() if weight.width == 8 else mean) < MARGIN:
             return Verdict(
                 False, f"int{bits} blocks of {size} are {speedups.min():.2f}x float {where}"
             )
@@ -145,7 +154,7 @@ class CpuTarget:
             f"{speedup:.2f}x for {rows} rows" if rows > 1 else f"{speedup:.2f}x for one"
             for rows, speedup in zip(ROWS[context.optimize_for], speedups, strict=True)
         )
-        return Verdict(True, f"{told} {where}", mean)
+        return Verdict(True, f"{told} {where}", mean, slowest=float(speedups.min()))
 
     def _block_speedups(self, k: int, n: int, bits: int, size: int, context: Context) -> np.ndarray:
         rows = ROWS[context.optimize_for]
@@ -188,7 +197,9 @@ class CpuTarget:
 
     def legalize(self, model: ir.Model, context: Context) -> bool:
         changed = lower_block_products(model)
-        changed |= unpack_weights(model)
+        changed |= lower_codebook_products(model)
+        changed |= lower_block_tables(model)
+        changed |= unpack_weights(model, PAIRED if self.saturates else 127)
         changed |= lower_tables(model)
         changed |= lower_products(model, "onnxruntime")
         changed |= defer_scales(model)

@@ -1,0 +1,491 @@
+"""Quantization-aware training: an annotated model as a torch module with quantizers in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import attrgetter, getitem
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+
+from qgraph.analysis import Site, lowest_value, nested, site_of
+from qgraph.annotation import IN, MOVES, SCALE, SPEC, annotated, retract, static_spec
+from qgraph.backends.onnx import OnnxTarget
+from qgraph.backends.quantizers import (
+    DataQuantizer,
+    Mode,
+    Phase,
+    TokenQuantizer,
+    WeightQuantizer,
+)
+from qgraph.backends.torch_fx import NODE, VALUE, WEIGHTS, raise_model, write_back
+from qgraph.context import Context, Remarks
+from qgraph.errors import ModelError, QGraphError
+from qgraph.feeds import open_calibration
+from qgraph.graph import array, constant, is_op, node_name, release
+from qgraph.numerics import token_grid
+from qgraph.pass_manager import STAGES_KEY, Pass, PassManager, Stage, stages
+from qgraph.recipes import Recipe
+from qgraph.spec import FLOAT8, QuantSpec
+from qgraph.weights import constant_bias, replace_weight
+
+PASS = "prepare-qat"
+"""Under this name preparation leaves remarks."""
+
+
+class QuantizedModule(nn.Module):
+    """A model in training whose weights and activations are rounded as they will be once compiled.
+
+    Train it with any optimizer, as any module. The first `observe` batches in training mode pass
+    unrounded and are observed; then scales are chosen, and from there on everything is rounded, in
+    evaluation mode too. Weights are trained in float, straight through the rounding; scales are
+    trained with them (LSQ). `state_dict` holds all of that, so that training can resume.
+
+    `forward` takes the inputs of the model, by position or by name, and returns what it returns.
+    """
+
+    observed: Tensor
+    frozen: Tensor
+
+    def __init__(
+        self,
+        source: ir.Model,
+        model: ir.Model,
+        remarks: Remarks,
+        rest: tuple[Pass, ...],
+        *,
+        learn_scales: bool,
+        observe: int,
+    ) -> None:
+        super().__init__()
+        self._kept = _Kept(source, model, remarks, rest)
+        self.observe, self._phase = observe, Phase()
+        self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
+        work = _Insert(model, self._phase, learn_scales, max(observe, 1))
+        self.model = work.module()
+        self._names: dict[str, tuple[str, bool]] = dict(self.model.meta[WEIGHTS])
+        self._teacher: list[nn.Module] = []
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if not self.frozen and self.training and 0 < self.observe <= int(self.observed):
+            self.freeze()
+        observes = self.training and not self.frozen
+        if observes:
+            self.observed += 1
+        self._phase.mode = Mode.QUANTIZE if self.frozen else Mode.OBSERVE if observes else Mode.PASS
+        return self.model(*inputs, **named)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Any, samples: int | None = None) -> None:
+        """Observe these batches now instead of the first ones of training, and choose scales.
+
+        Args:
+            batches: typical inputs, as `calibration` of :func:`qgraph.compile`.
+            samples: use only so many.
+
+        Raises:
+            QGraphError: scales are chosen already, or the data does not fit.
+        """
+        if self.frozen:
+            raise QGraphError("scales are chosen already: calibrate before training")
+        device = next(iter(self.parameters())).device
+        for feed in open_calibration(batches, self.source, samples):
+            self._phase.mode = Mode.OBSERVE
+            self.observed += 1
+            self.model(**{name: torch.as_tensor(a).to(device) for name, a in feed.items()})
+        self.freeze()
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Choose scales by what was observed, and round from now on.
+
+        Raises:
+            QGraphError: nothing was observed.
+        """
+        if not self.observed:
+            raise QGraphError(
+                "nothing was observed yet: run some batches in training mode, or calibrate"
+            )
+        for module in self.model.modules():
+            if isinstance(module, DataQuantizer):
+                module.freeze()
+        for _, module, weight, _ in self._weights():
+            module.freeze(weight)
+        self.frozen.fill_(True)
+
+    def _weights(self) -> Iterator[tuple[str, WeightQuantizer, Tensor, Tensor | None]]:
+        """Each site's name and quantizer, its weight and its bias."""
+        for node in self.model.graph.nodes:
+            if node.op != "call_module":
+                continue
+            module = self.model.get_submodule(node.target)
+            if isinstance(module, WeightQuantizer):
+                held = [_held(self.model, argument) for argument in node.args]
+                yield node.meta[NODE], module, held[0], held[1] if len(held) > 1 else None
+
+    # ------------------------------------------------------------------------- distillation
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The float model as it was given, with weights that stay; made when it is first used."""
+        if not self._teacher:
+            device = next(iter(self.parameters())).device
+            teacher = raise_model(self._kept.model).to(device).eval()
+            self._teacher.append(teacher.requires_grad_(False))
+        return self._teacher[0]
+
+    def distillation_loss(self, *inputs: Any, temperature: float = 0.0, **named: Any) -> Tensor:
+        """How far the outputs for these inputs are from the teacher's: needs no labels.
+
+        Args:
+            temperature: 0: squared error over the teacher's mean square, the mean over outputs.
+                Above: outputs are logits along the last axis, and the loss is the Kullback-Leibler
+                divergence of both at this temperature (Hinton et al. 2015), times its square.
+        """
+        with torch.no_grad():
+            wanted = _floats(self.teacher(*inputs, **named))
+        given = _floats(self(*inputs, **named))
+        losses = [_distance(y, t, temperature) for y, t in zip(given, wanted, strict=True)]
+        return torch.stack(losses).mean()
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        for teacher in self._teacher:
+            teacher._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+
+    # ------------------------------------------------------------------------- and back
+
+    @property
+    def source(self) -> ir.Model:
+        """The float model as it was given."""
+        return self._kept.source
+
+    @property
+    def remarks(self) -> Remarks:
+        """What preparation did to each site."""
+        return Remarks(self._kept.remarks)
+
+    @property
+    def rest(self) -> tuple[Pass, ...]:
+        """The passes that follow training."""
+        return self._kept.rest
+
+    @torch.no_grad()
+    def annotated(self) -> ir.Model:
+        """The model with trained weights, annotated with the integers and scales of training.
+
+        Raises:
+            QGraphError: no scales were chosen yet.
+        """
+        if not self.frozen:
+            self.freeze()
+        model = _copied(self._kept.model)
+        write_back(self.model, model)
+        nodes = {node_name(node): node for node in model.graph}
+        for name, module, weight, bias in self._weights():
+            site = site_of(nodes[name])
+            assert site is not None
+            replace_weight(model, site, module.integers(weight, bias), "trained")
+        values = {str(value.name): value for value in _values(model)}
+        for node in self.model.graph.nodes:
+            if node.op == "call_module":
+                quantizer = self.model.get_submodule(node.target)
+                if isinstance(quantizer, DataQuantizer):
+                    scale, zero = (a.cpu().numpy() for a in (quantizer.scale, quantizer.zero))
+                    values[node.meta[VALUE]].meta[SCALE] = (scale, zero)
+        return model
+
+    @torch.no_grad()
+    def write_back(self, module: nn.Module) -> list[str]:
+        """Copy the trained float weights into the module that this one was made of.
+
+        Which parameter a weight came from is found by what both held before training, so `module`
+        must have the weights that it had then.
+
+        Returns:
+            names of the parameters that were written.
+
+        Raises:
+            ModelError: some trained weight has no counterpart: it was merged with a batch
+                normalization or a constant factor, or `module` is another one. Nothing is written.
+        """
+        parameters = dict(module.named_parameters())
+        found: dict[str, Tensor] = {}
+        for path, (name, turned) in self._names.items():
+            trained, before = attrgetter(path)(self.model), _constant(self._kept.model, name)
+            if before is None or not isinstance(trained, nn.Parameter):
+                continue
+            target = next(_counterparts(before.T if turned else before, parameters, found), None)
+            if target is None:
+                raise ModelError(
+                    f"no parameter holds what '{path}' held before training: it was merged with a "
+                    "batch normalization or factor; nothing was written"
+                )
+            key, transposed = target
+            found[key] = trained.T if transposed else trained
+        for key, value in found.items():
+            parameters[key].copy_(value)
+        return list(found)
+
+
+class _Kept:
+    """What a module came from; copies of the module share it, for it never changes."""
+
+    def __init__(
+        self, source: ir.Model, model: ir.Model, remarks: Remarks, rest: tuple[Pass, ...]
+    ) -> None:
+        self.source, self.model, self.remarks, self.rest = source, model, remarks, rest
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        return self
+
+
+def prepare(
+    source: ir.Model, recipe: Recipe, *, learn_scales: bool = True, observe: int = 8, seed: int = 0
+) -> QuantizedModule:
+    """The float model as a module for training: see :func:`qgraph.prepare_qat`.
+
+    Raises:
+        ModelError: the model cannot be trained; the message names what is in the way.
+        QGraphError: the recipe is not for training.
+    """
+    names = [Stage.COMMITTED in step.provides for step in recipe.passes]
+    if True not in names or recipe.calibrates:
+        raise QGraphError(f"recipe '{recipe.name}' is not for training: use 'qat'")
+    split = names.index(True)
+    model = source.clone()
+    model.meta.update(source.meta)
+    model.meta[STAGES_KEY] = set(stages(source))
+    model.meta.pop("qgraph.names", None)
+    # The result may meet any target: what is fast there must not decide what is trained here.
+    context = Context(target=OnnxTarget(), seed=seed)
+    PassManager(recipe.passes[:split]).run(model, context)
+    _leave_out(model, context)
+    if not any(True for _ in annotated(model)):
+        raise ModelError("nothing in this model can be quantized: see the remarks of 'dynamic'")
+    return QuantizedModule(
+        source, model, context.remarks, recipe.passes[split:],
+        learn_scales=learn_scales, observe=observe,
+    )  # fmt: skip
+
+
+def _leave_out(model: ir.Model, context: Context) -> None:
+    """Take back what cannot be trained, and give 8-bit weights the bits that every CPU can add."""
+    for node, specs in list(annotated(model)):
+        site = site_of(node)
+        if site is None:
+            continue
+        spec: QuantSpec = specs[site.w_index]
+        why = None
+        if nested(model, node):
+            why = "kept float: weights in bodies of control flow are not trained"
+        elif site.weight.dtype != ir.DataType.FLOAT:
+            why = "kept float: only float32 weights are trained"
+        elif spec.codebook or spec.dtype in FLOAT8:
+            why = "kept float: codebooks and float8 are not trained"
+        if why is not None:
+            retract(site)
+            context.remark("float", PASS, site.name, node.op_type, why)
+        elif spec.width == 8 and site.x_index in specs and not _depthwise(site):
+            specs[site.w_index] = spec.with_(bits=7)
+            why = "trained with 7 bits, so that no CPU's u8·s8 products overflow int16"
+            context.remark("note", PASS, site.name, node.op_type, why)
+
+
+def _depthwise(site: Site) -> bool:
+    return site.kind == "conv" and site.kn[0] == 1
+
+
+class _Insert:
+    """Puts quantizers where insert-qdq will put conversions."""
+
+    def __init__(self, model: ir.Model, phase: Phase, learn: bool, batches: int) -> None:
+        self.model, self.phase, self.learn = model, phase, learn
+        self.each = max(1, 8192 // batches)
+        self.raised = raise_model(model)
+        self.graph = self.raised.graph
+        self.calls = {n.meta[NODE]: n for n in self.graph.nodes if NODE in n.meta}
+        self.held = {n.meta[VALUE]: n for n in self.graph.nodes if VALUE in n.meta}
+        self.data: dict[ir.Value, DataQuantizer] = {}
+        self.runtime: dict[tuple[ir.Value, QuantSpec], fx.Node] = {}
+
+    def module(self) -> fx.GraphModule:
+        self.raised.add_module("quantizers", nn.Module())
+        for node, specs in annotated(self.model):
+            for index, spec in specs.items():
+                value = node.inputs[index]
+                if spec.observer == "dynamic" and value is not None:
+                    self._dynamic(node, index, value, spec)
+        for value in list(_values(self.model)):
+            if static_spec(value) is not None:
+                self._static(value)
+        shared: dict[tuple[ir.Value, QuantSpec], str] = {}
+        for node, specs in annotated(self.model):
+            site = site_of(node)
+            if site is not None and site.w_index in specs:
+                self._weight(site, specs, shared)
+        self.graph.lint()
+        self.raised.recompile()
+        return self.raised
+
+    def _named(self, name: str, module: nn.Module) -> str:
+        """Where the module is: `quantizers.<name>`."""
+        path = "quantizers." + "".join(c if c.isalnum() else "_" for c in name)
+        while _has(self.raised, path):
+            path += "_"
+        self.raised.add_submodule(path, module)
+        return path
+
+    def _call(self, before: fx.Node, path: str, arguments: tuple[fx.Node, ...]) -> fx.Node:
+        with self.graph.inserting_before(before):
+            return self.graph.call_module(path, arguments)
+
+    def _quantizer(self, value: ir.Value) -> DataQuantizer:
+        """The quantizer of a value: what only moves data has that of its source."""
+        spec, producer = static_spec(value), value.producer()
+        assert spec is not None
+        if producer is not None and is_op(producer, *MOVES) and IN in producer.meta:
+            source = producer.inputs[0]
+            if source is not None and static_spec(source) == spec:
+                return self._quantizer(source)
+        if value not in self.data:
+            self.data[value] = DataQuantizer(spec, self.phase, self.each, self.learn)
+            self._named(str(value.name), self.data[value])
+        return self.data[value]
+
+    def _static(self, value: ir.Value) -> None:
+        spec, shared = static_spec(value), SPEC in value.meta
+        assert spec is not None
+        quantizer = self._quantizer(value)
+        path = next(p for p, m in self.raised.named_modules() if m is quantizer)
+        x = self.held[str(value.name)]
+        behind = x.next
+        while behind.op in ("placeholder", "get_attr"):
+            behind = behind.next
+        new = self._call(behind, path, (x,))
+        new.meta[VALUE] = value.name
+        for use in value.uses():
+            wanted = use.node.meta.get(IN, {}).get(use.idx)
+            if (shared or wanted is not None) and (wanted or spec).observer != "dynamic":
+                self.calls[node_name(use.node)].update_arg(use.idx, new)
+        if shared and value.is_graph_output():
+            output = next(n for n in self.graph.nodes if n.op == "output")
+            output.replace_input_with(x, new)
+
+    def _dynamic(self, node: ir.Node, index: int, value: ir.Value, spec: QuantSpec) -> None:
+        key, call = (value, spec), self.calls[node_name(node)]
+        if key not in self.runtime:
+            quantizer = TokenQuantizer(spec, token_grid(lowest_value(value)), self.phase)
+            path = self._named(f"{value.name}_at_run_time", quantizer)
+            self.runtime[key] = self._call(call, path, (self.held[str(value.name)],))
+        call.update_arg(index, self.runtime[key])
+
+    def _weight(
+        self, site: Site, specs: dict[int, QuantSpec], shared: dict[tuple[ir.Value, QuantSpec], str]
+    ) -> None:
+        spec, data = specs[site.w_index], specs.get(site.x_index)
+        static = data is not None and data.observer != "dynamic"
+        of_data = self._quantizer(site.x) if static else None
+        has_bias = static and constant_bias(site) is not None
+        key = (site.weight, spec)
+        if static or key not in shared:
+            tensor = constant(site.weight)
+            assert tensor is not None
+            shape = tuple(tensor.shape.numpy())
+            quantizer = WeightQuantizer(spec, shape, self.phase, self.learn, of_data, site.kn[1])
+            path = self._named(f"{site.name}_weight", quantizer)
+            if not static:
+                shared[key] = path
+        else:
+            path = shared[key]
+        call = self.calls[site.name]
+        w = call.args[site.w_index]
+        assert isinstance(w, fx.Node)
+        if not has_bias:
+            new = self._call(call, path, (w,))
+            call.update_arg(site.w_index, new)
+        else:
+            assert site.bias_index is not None
+            b = call.args[site.bias_index]
+            assert isinstance(b, fx.Node)
+            new = self._call(call, path, (w, b))
+            with self.graph.inserting_before(call):
+                parts = [self.graph.call_function(getitem, (new, i)) for i in (0, 1)]
+            call.update_arg(site.w_index, parts[0])
+            call.update_arg(site.bias_index, parts[1])
+        new.meta[NODE] = site.name
+        release(site.weight)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _held(module: nn.Module, node: fx.Node) -> Tensor:
+    """What a node stands for that reads a weight, transposed or not."""
+    if node.op == "get_attr":
+        found = attrgetter(str(node.target))(module)
+        assert isinstance(found, Tensor)
+        return found
+    assert node.target is torch.t
+    assert isinstance(node.args[0], fx.Node)
+    return _held(module, node.args[0]).t()
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph:
+        yield from node.outputs
+
+
+def _copied(model: ir.Model) -> ir.Model:
+    """A copy with annotations of its own."""
+    copy = model.clone()
+    copy.meta.update(model.meta)
+    copy.meta[STAGES_KEY] = set(stages(model))
+    copy.meta.pop("qgraph.names", None)
+    for node, specs in annotated(copy):
+        node.meta[IN] = dict(specs)
+    return copy
+
+
+def _constant(model: ir.Model, name: str) -> np.ndarray | None:
+    """The initializer, or result of a Constant node, of this name."""
+    value = model.graph.initializers.get(name)
+    return array(value or next((v for v in _values(model) if v.name == name), None))
+
+
+def _counterparts(
+    before: np.ndarray, parameters: dict[str, nn.Parameter], taken: dict[str, Tensor]
+) -> Iterator[tuple[str, bool]]:
+    """Names of the parameters that hold the same numbers, and whether transposed."""
+    for name, parameter in parameters.items():
+        if name in taken or parameter.numel() != before.size:
+            continue
+        data = parameter.detach().cpu().numpy()
+        if np.array_equal(data, before):
+            yield name, False
+        elif data.ndim == 2 and np.array_equal(data.T, before):
+            yield name, True
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    found = outputs if isinstance(outputs, tuple | list) else [outputs]
+    return [y for y in found if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def _distance(y: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    if not temperature:
+        return (y - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12)
+    soft = torch.log_softmax(y.flatten(0, -2) / temperature, -1)
+    target = torch.log_softmax(wanted.flatten(0, -2) / temperature, -1)
+    loss = nn.functional.kl_div(soft, target, log_target=True, reduction="batchmean")
+    return loss * temperature**2

@@ -1,0 +1,253 @@
+"""GPTQ: round the weights of a product one after the other, each making up for those before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.analysis import Site, site_of
+from qgraph.annotation import IN, annotated, product_groups
+from qgraph.compensation import Float, Rounded, gram_matrices, problem, round_weight
+from qgraph.context import Context, Feed
+from qgraph.errors import CalibrationError, QGraphError
+from qgraph.graph import array, release, remove_dead
+from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.pieces import Walk
+from qgraph.resumable import Arrays, Resumable
+from qgraph.spec import FLOAT8, PerBlock, QuantSpec
+from qgraph.text import to_text
+from qgraph.weights import Quantized, quantize_site, replace_weight
+
+MASK = "attention_mask"
+"""The input that tells tokens from padding, if a model has one."""
+
+
+@dataclass(frozen=True)
+class GPTQ(Pass):
+    """Choose the integers of each product by what its data makes of their errors.
+
+    The problem: rounding to nearest serves every single weight, but what counts is x · W, over
+    channels that are neither equal nor independent: weights can make up for each other's errors.
+    Rows of W are rounded one after the other, those of the strongest channels first. Each row's
+    error moves the rows that are still to come, to where they best undo it on real data::
+
+        x ── MatMul(W) ── y        W[i] ── round ── Q[i]
+                                     └─ W[i] - Q[i] ─┬─ U[i, i+1] / U[i, i] ─── W[i+1] ── round ...
+                                                     └─ U[i, i+2] / U[i, i] ─── W[i+2] ...
+
+    where UᵀU is the inverse of the damped Gram matrix xᵀx. Scales are fixed before, so that each
+    block has one in whatever order its rows come: those at which rounding to nearest would lose
+    least, errors of row i weighted by 1 / U[i, i]², which is what they cost.
+
+    Products are rounded in the order of the graph, and x is what the rounded products before make
+    of the calibration data; the weights first move to where they best give what the float product
+    gives for float data, so that errors of earlier layers are corrected too. Tokens count alike,
+    whatever their magnitude: a language model's first token may be a thousand times larger than
+    all others, and would have the weights to itself. Padding does not count.
+
+    Columns that rounding to nearest serves better keep it, and so do products whose weight others
+    read too, that sit in bodies of control flow, or that calibration never reaches. insert-qdq
+    takes the integers as they are. With a cache folder in the context, what is done is kept, and an
+    interrupted run goes on from there.
+
+    Attributes:
+        act_order: round the rows of the strongest channels first; else in the order they have.
+        damping: weight of staying near the float weights, in units of the mean power of a data
+            channel. More of it fits the calibration data less, and other data better. It is raised
+            where the Gram matrix is singular in spite of it.
+
+    Source: Frantar et al. 2022, "GPTQ", eq. 2-3 and algorithm 1; Li et al. 2025, "GPTAQ", for what
+    is asked of the products (their eq. 5; :func:`qgraph.compensation.correction` solves it whole).
+    """
+
+    name: ClassVar[str] = "gptq"
+    contract: ClassVar[Contract] = Contract.LOSSY
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
+
+    act_order: bool = True
+    damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.damping >= 0:
+            raise QGraphError(f"damping={self.damping} is out of range: use 0 or more")
+
+    def run(self, model: ir.Model, context: Context) -> bool:
+        groups = self._groups(model, context)
+        if not groups:
+            return False
+        feeds = list(context.calibration or ())
+        if not feeds:
+            raise CalibrationError("this needs calibration data: give some typical inputs")
+        kept = Resumable(self._folder(model, feeds, context))
+        missing = next((i for i in range(len(groups)) if kept.result(i) is None), len(groups))
+        walks: tuple[Walk, ...] = ()
+        if missing < len(groups):
+            stops = [str(x.name) for x in groups]
+            walks = Walk(model.clone(), stops, feeds), Walk(model, stops, feeds)
+            _resume(walks, kept.state(), missing)
+        masks = [feed.get(MASK) for feed in feeds]
+        steps = context.progress(groups.values(), "rounding by GPTQ", len(groups))
+        for step, sites in enumerate(steps):
+            data = [walk.advance() for walk in walks if walk.at == step]
+            stored = kept.result(step) if step < missing else None
+            nearest = [_to_nearest(site, context) for site in sites]
+            if stored is not None:
+                found = _restored(nearest, stored)
+            else:
+                meant, seen = data
+                gram, cross = gram_matrices(meant, seen, masks)
+                if not np.isfinite([gram, cross]).all():
+                    raise CalibrationError(
+                        f"'{sites[0].x.name}' becomes NaN or infinite on the calibration data: "
+                        "check the data, and that the float model is sound on it"
+                    )
+                del meant, seen
+                found = self._rounded(sites, nearest, gram, cross)
+                kept.keep_result(step, _arrays(found))
+                kept.keep_state(partial(_state, walks))
+            del data
+            for site, weight, rounded in zip(sites, nearest, found, strict=True):
+                replace_weight(model, site, rounded.weight if rounded else weight, "gptq")
+                self._report(site, rounded, context)
+        kept.finish()
+        if kept.failure is not None:
+            context.remark("warning", self.name, "", "", f"nothing is kept: {kept.failure}")
+        remove_dead(model)
+        return True
+
+    def _groups(self, model: ir.Model, context: Context) -> dict[ir.Value, list[Site]]:
+        """The products to round, by the data that they share."""
+        reached = {
+            site.node for sites in product_groups(model, "weight").values() for site in sites
+        }
+        for node, specs in annotated(model):
+            site = site_of(node)
+            if site is None or site.kind not in ("matmul", "gemm") or site.w_index not in specs:
+                continue
+            if why := _unfit(site, node in reached, specs, context):
+                reached.discard(node)
+                message = f"rounded to nearest: {why}"
+                context.remark("declined", self.name, site.name, node.op_type, message)
+        groups = {
+            x: [s for s in sites if s.node in reached and s.w_index in s.node.meta.get(IN, {})]
+            for x, sites in product_groups(model, "weight").items()
+        }
+        return {x: sites for x, sites in groups.items() if sites}
+
+    def _folder(self, model: ir.Model, feeds: Sequence[Feed], context: Context) -> Path | None:
+        """Where results are kept that depend on this model, with its weights, and this data."""
+        if context.cache is None:
+            return None
+        target = context.target
+        digest = hashlib.blake2b(to_text(model).encode(), digest_size=16)
+        digest.update(f"{self} {target.saturates}".encode())
+        for node, specs in annotated(model):
+            digest.update(f"{node.name} {[(i, str(s)) for i, s in specs.items()]}".encode())
+        for feed in feeds:
+            for name, data in sorted(feed.items()):
+                digest.update(f"{name} {data.dtype} {data.shape}".encode())
+                digest.update(np.ascontiguousarray(data).tobytes())
+        return Path(context.cache) / f"gptq-{digest.hexdigest()}"
+
+    def _rounded(
+        self, sites: list[Site], nearest: list[Quantized], gram: Float, cross: Float
+    ) -> list[Rounded | None]:
+        """The weights of products that share their data; None where there was no data."""
+        shared = problem(gram, cross, self.damping, self.act_order)
+        found: list[Rounded | None] = []
+        for site, weight in zip(sites, nearest, strict=True):
+            w, spec = array(site.weight), site.node.meta[IN][site.w_index]
+            assert w is not None
+            found.append(round_weight(w, site.axis, weight, spec, shared) if shared else None)
+            release(site.weight)
+        return found
+
+    def _report(self, site: Site, rounded: Rounded | None, context: Context) -> None:
+        op = site.node.op_type
+        if rounded is None:
+            message = "rounded to nearest: calibration data never reached it"
+            context.remark("declined", self.name, site.name, op, message)
+            return
+        numbers = {"noise": rounded.noise, "nearest": rounded.nearest}
+        if rounded.columns:
+            numbers["columns_to_nearest"] = rounded.columns
+        context.remark("applied", self.name, site.name, op, "rounded by GPTQ", **numbers)
+        if rounded.damping > self.damping:
+            message = "damping raised: the Gram matrix of its data is singular"
+            context.remark("note", self.name, site.name, op, message, damping=rounded.damping)
+
+
+def _unfit(
+    site: Site, reached: bool, specs: Mapping[int, QuantSpec], context: Context
+) -> str | None:
+    """Why this product cannot be rounded here, or None."""
+    data, weight = specs.get(site.x_index), specs[site.w_index]
+    if not reached:
+        return "it sits where no calibration data can be looked at"
+    if len(site.weight.uses()) > 1:
+        return "others read its weight too"
+    if site.x.dtype == ir.DataType.BFLOAT16:
+        return "its data is bfloat16, which numpy does not know"
+    if weight.codebook or weight.dtype in FLOAT8:
+        return "its weight does not become integers at even distances"
+    columns = data is not None and not isinstance(data.granularity, PerBlock)
+    if context.target.saturates and weight.width == 8 and columns:
+        return "its kernel adds pairs of products in 16 bits, and these fit"
+    return None
+
+
+def _to_nearest(site: Site, context: Context) -> Quantized:
+    spec, target = site.node.meta[IN][site.w_index], context.target
+    return quantize_site(site, spec, target.saturates)
+
+
+# --- what is kept of a run ------------------------------------------------------------------------
+
+
+def _arrays(found: Sequence[Rounded | None]) -> dict[str, np.ndarray]:
+    kept: dict[str, np.ndarray] = {}
+    for index, r in enumerate(found):
+        if r is not None:
+            w = r.weight
+            parts = {"q": w.q, "scale": w.scale, "zero": w.zero}
+            kept |= {f"{index}.{name}": part for name, part in parts.items()}
+            kept[f"{index}.numbers"] = np.array([r.noise, r.nearest, r.columns, r.damping])
+    return kept
+
+
+def _restored(nearest: Sequence[Quantized], kept: Arrays) -> list[Rounded | None]:
+    found: list[Rounded | None] = []
+    for index, weight in enumerate(nearest):
+        if f"{index}.q" not in kept:
+            found.append(None)
+            continue
+        noise, plain, columns, damping = kept[f"{index}.numbers"].tolist()
+        q, scale, zero = (kept[f"{index}.{name}"] for name in ("q", "scale", "zero"))
+        rounded = replace(weight, q=q, scale=scale, zero=zero)
+        found.append(Rounded(rounded, noise, plain, int(columns), damping))
+    return found
+
+
+def _state(walks: Sequence[Walk]) -> dict[str, np.ndarray]:
+    parts = [{f"{i}|{key}": v for key, v in walk.state().items()} for i, walk in enumerate(walks)]
+    return {"at": np.array(walks[0].at), **parts[0], **parts[1]}
+
+
+def _resume(walks: Sequence[Walk], state: Arrays | None, missing: int) -> None:
+    """Go to where the state was taken, unless results before it are gone."""
+    if state is None or state["at"] > missing:
+        return
+    for index, walk in enumerate(walks):
+        own = {
+            key.removeprefix(f"{index}|"): v
+            for key, v in state.items()
+            if key.startswith(f"{index}|")
+        }
+        walk.resume(int(state["at"]), own)

@@ -1,0 +1,446 @@
+"""Put the weights of a quantized Hugging Face checkpoint into a graph of the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph.analysis import FLOATS, Site, site_of
+from qgraph.annotation import INTEGERS
+from qgraph.checkpoints import Checkpoint
+from qgraph.context import Context, Kind
+from qgraph.errors import ModelError, QGraphError
+from qgraph.graph import (
+    add_constant,
+    array,
+    constant,
+    dims,
+    insert,
+    release,
+    remove_dead,
+)
+from qgraph.module_names import aligned, modules, parts_of
+from qgraph.packed_layers import Layer, joined
+from qgraph.pass_manager import Contract, Pass, Stage
+
+Float = NDArray[np.float32]
+
+UNLIKE = 0.75
+"""Relative distance from the graph's weights at which a layer must be another one, or misread.
+Two bits come to 0.6, matrices that have nothing in common to 1."""
+SHIFTED = 0.5
+"""Steps by which weights may differ on average; zero points read wrongly come to 1."""
+SAME = 0.02
+"""Relative distance at which tensors that are not quantized are the same but for rounding."""
+ONE_MORE = (
+    "gemma",
+    "nemotron",
+    "qwen3_5",
+    "qwen3_next",
+    "recurrent_gemma",
+    "t5gemma",
+    "vaultgemma",
+)
+"""Families of models whose norms multiply by one more than their weight."""
+_PRODUCTS = ("matmul", "gemm")
+_SCALES = {
+    "Mul": (0, 1),
+    "LayerNormalization": (1,),
+    "RMSNormalization": (1,),
+    "SimplifiedLayerNormalization": (1,),
+    "SkipLayerNormalization": (2,),
+    "SkipSimplifiedLayerNormalization": (2,),
+}
+_SHIFTS = {
+    "Add": (0, 1),
+    "Gemm": (2,),
+    "Conv": (2,),
+    "LayerNormalization": (2,),
+    "SkipLayerNormalization": (3,),
+}
+"""Which inputs of an operator hold what a module calls its weight, and its bias."""
+
+
+@dataclass(frozen=True)
+class LoadCheckpoint(Pass):
+    """Replace the weights of a float graph by those of a checkpoint, integers kept as they are.
+
+    The problem: GPTQ, AWQ and bitsandbytes write packed integers for layers that they know by
+    name; a graph has float matrices for products, and its exporter has renamed, transposed and
+    concatenated them::
+
+        model.layers.0.self_attn.q_proj.qweight, .qzeros, .scales
+                                 k_proj, v_proj ...                      x ── MatMul ── y
+                                                                   q | k | v ──┘
+
+    A layer's products are those that its module computes: traced nodes remember their module,
+    builders name their nodes by it. Products that a builder has packed take several layers, side by
+    side. The weight becomes a constant of the float values with its integers beside it, which
+    insert-qdq writes unchanged; annotate gives such a weight no other spec than its own. Other
+    tensors of the checkpoint (norms, embeddings, biases, float layers) are taken as they are.
+
+    Rows that GPTQ has put into another order ("act-order") keep it, since only so do groups lie in
+    one piece; the data is brought into the same order by a Gather, once for all that read it.
+
+    Parameters:
+        path: the folder with `config.json` and safetensors files.
+        check: the graph holds the float weights of the same model: matrices must resemble them, but
+            for factors of rows and columns, which AWQ moves between layers. Layers that the
+            checkpoint does not have stay. Without it the graph's weights mean nothing (a skeleton
+            with random ones), and every product must be in the checkpoint.
+
+    Source: the formats named in :mod:`qgraph.packed_layers`.
+    """
+
+    name: ClassVar[str] = "load-checkpoint"
+    contract: ClassVar[Contract] = Contract.LOSSY
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CANONICAL})
+
+    path: str
+    check: bool = True
+
+    def run(self, model: ir.Model, context: Context) -> bool:
+        if not self.path:
+            raise QGraphError("no checkpoint is given: set path to the folder with its config.json")
+        checkpoint = Checkpoint.open(self.path)
+        graph = modules(model)
+        names = aligned(checkpoint.modules, graph)
+        work = _Loading(model, context, checkpoint, self.check)
+        for path, members in context.progress(graph.items(), "loading weights", len(graph)):
+            work.module([names[part] for part in parts_of(path, names)], members)
+        work.finish()
+        remove_dead(model)
+        return True
+
+
+@dataclass
+class _Loading:
+    """One run of the pass, and what it has placed so far.
+
+    Attributes:
+        placed: modules of the checkpoint.
+        weights: new weights of products and the order that their data must be in, by modules and
+            old weight.
+        reordered: data in another order, by data, graph and order.
+        tables: old table of each lookup, and the module that has replaced it.
+        norms: weights of norms, and where they belong.
+        missing: products for which the checkpoint has no module.
+    """
+
+    model: ir.Model
+    context: Context
+    checkpoint: Checkpoint
+    check: bool
+    placed: set[str] = field(default_factory=set)
+    weights: dict[tuple[tuple[str, ...], ir.Value], tuple[ir.Value, NDArray[np.int64] | None]] = (
+        field(default_factory=dict)
+    )
+    reordered: dict[tuple[ir.Value, int, bytes], ir.Value] = field(default_factory=dict)
+    tables: list[tuple[ir.Value, str]] = field(default_factory=list)
+    norms: list[tuple[Float, ir.Node, int]] = field(default_factory=list)
+    missing: list[Site] = field(default_factory=list)
+
+    def module(self, parts: Sequence[str], members: Sequence[ir.Node]) -> None:
+        """Place the tensors of modules which the nodes `members` compute, side by side."""
+        sites = [site for node in members if (site := site_of(node)) is not None]
+        if not parts:
+            self.missing += [site for site in sites if site.kind in _PRODUCTS]
+            return
+        for site in sites:
+            if site.kind in _PRODUCTS:
+                self._product(site, parts, check=self.check)
+            elif site.kind not in ("activations", "rnn"):
+                self._table(site, parts[0])
+        if all(site.kind in ("activations", "rnn") for site in sites):
+            self._vector(parts, "weight", _SCALES, members)
+        self._vector(parts, "bias", _SHIFTS, members)
+
+    def finish(self) -> None:
+        """Tie what is tied, and see what is left on either side.
+
+        Raises:
+            ModelError: a layer is left that must not be.
+        """
+        for site in self.missing:
+            self._tie(site)
+        self._place_norms()
+        left = sorted(set(self.checkpoint.modules) - self.placed)
+        if packed := [name for name in left if self.checkpoint.is_quantized(name)]:
+            raise ModelError(
+                f"the graph has no product for layer '{packed[0]}' of the checkpoint: "
+                "give a graph of the same model"
+            )
+        if left:
+            why = f"the graph has no place for {', '.join(left[:4])}: not loaded"
+            self.context.remark("note", LoadCheckpoint.name, "", "", why, modules=len(left))
+
+    # ------------------------------------------------------------------------------- matrices
+
+    def _product(self, site: Site, parts: Sequence[str], *, check: bool) -> None:
+        key = (tuple(parts), site.weight)
+        if key not in self.weights:
+            self.weights[key] = self._columns(site, parts, check)
+        value, order = self.weights[key]
+        if order is not None:
+            site.node.replace_input_with(site.x_index, self._in_order(site, order))
+        site.node.replace_input_with(site.w_index, value)
+        self.placed.update(parts)
+
+    def _columns(
+        self, site: Site, parts: Sequence[str], check: bool
+    ) -> tuple[ir.Value, NDArray[np.int64] | None]:
+        """The new weight of a product, and the order that its data must be in."""
+        checkpoint, base = self.checkpoint, f"{site.weight.name}_{self.checkpoint.method}"
+        layers = [checkpoint.layer(p) if checkpoint.is_quantized(p) else None for p in parts]
+        shapes = [
+            layer.q.shape if layer else checkpoint.shape(f"{part}.weight")[::-1]
+            for part, layer in zip(parts, layers, strict=True)
+        ]
+        found = (shapes[0][0], sum(shape[-1] for shape in shapes))
+        if found != site.kn or any(shape[0] != found[0] for shape in shapes):
+            raise _misfit(" + ".join(parts), found, site, site.kn)
+        if check:
+            self._compare(site, parts, layers)
+        packed = [layer for layer in layers if layer is not None]
+        whole = joined(packed) if len(packed) == len(parts) else None
+        if whole is None:
+            if packed:
+                why = f"{', '.join(parts)} differ in bits, groups or order: one float weight"
+                self._remark("declined", site, why)
+            make = partial(_side_by_side, checkpoint, tuple(parts), site.axis)
+            return self._constant(base, make, site.weight), None
+        spec, weight = whole.quantized(site.axis)
+        value = self._constant(base, weight.float, site.weight)
+        value.meta[INTEGERS] = (spec, weight)
+        what = f"{checkpoint.method} weights of {', '.join(parts)}"
+        self._remark("applied", site, what, bits=whole.bits, group_size=whole.size)
+        return value, whole.order
+
+    def _compare(self, site: Site, parts: Sequence[str], layers: Sequence[Layer | None]) -> None:
+        """Hold the layers against the float weight that the graph has.
+
+        Raises:
+            ModelError: one of them is another layer, or was misread.
+        """
+        w = array(site.weight)
+        assert w is not None
+        given = np.asarray(w if site.axis == 1 else w.T, np.float32)
+        start = 0
+        for part, layer in zip(parts, layers, strict=True):
+            loaded = layer.float() if layer else _matrix(self.checkpoint, part)
+            rest = loaded - fitted(given[:, start : start + loaded.shape[1]], loaded)
+            start += loaded.shape[1]
+            size = float(np.linalg.norm(loaded))
+            apart = float(np.linalg.norm(rest)) / size if size else 0.0
+            if not apart < UNLIKE:  # nor NaN
+                raise _unlike(part, site, apart)
+            if layer is None or layer.table is not None:
+                continue
+            steps = layer.quantized(1)[1].steps()
+            shift = float(((rest if layer.order is None else rest[layer.order]) / steps).mean())
+            if abs(shift) > SHIFTED:
+                raise ModelError(
+                    f"zero points of layer '{part}' of the checkpoint are {shift:+.2f} steps off: "
+                    "its checkpoint_format must be another one"
+                )
+        del w, given
+        release(site.weight)
+
+    def _in_order(self, site: Site, order: NDArray[np.int64]) -> ir.Value:
+        """The site's data with its channels in another order, made once for all that want it."""
+        x, graph = site.x, site.node.graph
+        assert graph is not None
+        key = (x, id(graph), order.tobytes())
+        if key not in self.reordered:
+            producer = x.producer()
+            beside = producer is not None and producer.graph is graph
+            index = add_constant(self.model, f"{x.name}_order", order)
+            gather = insert(
+                self.model, producer if beside and producer else graph[0], "Gather", [x, index],
+                base=f"{x.name}_in_order", attributes={"axis": -1}, after=beside,
+            )  # fmt: skip
+            made = gather.outputs[0]
+            made.type, made.shape = x.type, x.shape
+            self.reordered[key] = made
+            why = "act-order: a Gather brings its data into the order of the weight's groups"
+            self._remark("note", site, why)
+        return self.reordered[key]
+
+    def _table(self, site: Site, part: str) -> None:
+        """A lookup table, or the weight of a convolution: as it is stored."""
+        name = f"{part}.weight"
+        if name not in self.checkpoint.files:
+            return
+        found = self.checkpoint.shape(name)
+        if found != tuple(dims(site.weight)):
+            raise _misfit(part, found, site, tuple(d or 0 for d in dims(site.weight)))
+        make = partial(self.checkpoint.tensor, name)
+        if self.check and not _near(make(), array(site.weight)):
+            raise _unlike(part, site)
+        release(site.weight)
+        self.tables.append((site.weight, part))
+        value = self._constant(f"{site.weight.name}_loaded", make, site.weight)
+        site.node.replace_input_with(site.w_index, value)
+        self.placed.add(part)
+
+    def _tie(self, site: Site) -> None:
+        """Give a product without a module the table that it shared its weight with, if it did."""
+        for table, part in self.tables:
+            if site.kn == tuple(dims(table))[::-1] and _tied(table, site):
+                self._product(site, [part], check=False)
+                return
+        if not self.check:
+            raise ModelError(
+                f"the checkpoint has no weights for layer '{site.name}' of the graph: "
+                "give a graph of the same model"
+            )
+        self._remark("warning", site, "not in the checkpoint: keeps the weights of the graph")
+
+    def _constant(self, base: str, make: Callable[[], NDArray[Any]], old: ir.Value) -> ir.Value:
+        """A constant in place of `old`, computed whenever it is read."""
+        like = constant(old)
+        assert like is not None
+        dtype = like.dtype
+        lazy = ir.LazyTensor(
+            lambda: ir.Tensor(np.ascontiguousarray(make().astype(dtype.numpy(), copy=False))),
+            dtype=dtype,
+            shape=ir.Shape(like.shape.numpy()),
+            cache=False,
+        )
+        return add_constant(self.model, base, lazy)
+
+    def _remark(self, kind: Kind, site: Site, message: str, **numbers: float) -> None:
+        op = site.node.op_type
+        self.context.remark(kind, LoadCheckpoint.name, site.name, op, message, **numbers)
+
+    # -------------------------------------------------------------------------------- vectors
+
+    def _vector(
+        self,
+        parts: Sequence[str],
+        parameter: str,
+        places: dict[str, tuple[int, ...]],
+        members: Sequence[ir.Node],
+    ) -> None:
+        """Put `parameter` of these modules where `members` have a constant of that role and size.
+
+        Raises:
+            ModelError: there is a bias for which the graph has no place.
+        """
+        names = [name for part in parts if (name := f"{part}.{parameter}") in self.checkpoint.files]
+        if not names or any(len(self.checkpoint.shape(name)) != 1 for name in names):
+            return
+        found = np.concatenate([self.checkpoint.tensor(name) for name in names]).astype(np.float32)
+        uses = [
+            (node, index)
+            for node in members
+            for index in places.get(node.op_type, ())
+            if index < len(node.inputs) and _is_vector(node.inputs[index], found.size)
+        ]
+        if len(names) < len(parts) or (not uses and parameter == "bias" and found.any()):
+            raise ModelError(
+                f"the graph has no place for '{names[0]}' of the checkpoint: "
+                "give a graph of the same model"
+            )
+        self.placed.update(parts)
+        for node, index in uses:
+            if parameter == "weight":
+                self.norms.append((found, node, index))
+            else:
+                self._place_vector(found, node, index)
+
+    def _place_vector(self, found: NDArray[Any], node: ir.Node, index: int) -> None:
+        old = node.inputs[index]
+        assert old is not None
+        make = partial(found.reshape, [d or 1 for d in dims(old)])
+        node.replace_input_with(index, self._constant(f"{old.name}_loaded", make, old))
+
+    def _place_norms(self) -> None:
+        """Some models multiply by 1 + w, which their graphs hold as one constant: whether this one
+        does, its own weights tell. AWQ changes some of them, so the majority counts.
+
+        Raises:
+            ModelError: it may be such a model, and its graph cannot tell.
+        """
+        if not self.check and self.checkpoint.model_type.startswith(ONE_MORE):
+            raise ModelError(
+                f"norms of {self.checkpoint.model_type} may add one to their weights, which random "
+                "weights do not show: give the float model, and check=true"
+            )
+        votes = 0
+        for found, node, index in self.norms if self.check else ():
+            old = array(node.inputs[index])
+            votes += _near(found + 1, old) - _near(found, old)
+        for found, node, index in self.norms:
+            self._place_vector(found + 1 if votes > 0 else found, node, index)
+
+
+def _near(found: NDArray[Any], old: NDArray[Any] | None) -> bool:
+    """Whether they are the same but for rounding."""
+    assert old is not None
+    size = np.linalg.norm(old.astype(np.float32))
+    rest = found.astype(np.float32).reshape(old.shape) - old
+    return bool(np.linalg.norm(rest) <= SAME * size)
+
+
+def _is_vector(value: ir.Value | None, size: int) -> bool:
+    """Whether it is a constant of that many floats along one axis."""
+    tensor = constant(value)
+    if tensor is None or tensor.dtype not in FLOATS:
+        return False
+    return tensor.size == size and size in (*tensor.shape.numpy(), 1)
+
+
+def _tied(table: ir.Value, site: Site) -> bool:
+    rows, w = array(table), array(site.weight)
+    assert rows is not None
+    assert w is not None
+    return np.array_equal(rows, w if site.axis == 0 else w.T)
+
+
+def _matrix(checkpoint: Checkpoint, part: str) -> Float:
+    """The weight of a linear layer as (K, N), of float layers too."""
+    if checkpoint.is_quantized(part):
+        return checkpoint.layer(part).float()
+    return checkpoint.tensor(f"{part}.weight").astype(np.float32).T
+
+
+def _side_by_side(checkpoint: Checkpoint, parts: Sequence[str], axis: int) -> Float:
+    whole = np.concatenate([_matrix(checkpoint, part) for part in parts], axis=1)
+    return whole if axis == 1 else whole.T
+
+
+def _misfit(what: str, found: tuple[int, ...], site: Site, given: tuple[int, ...]) -> ModelError:
+    have, want = ("x".join(map(str, shape)) for shape in (found, given))
+    return ModelError(
+        f"layer '{what}' of the checkpoint is {have}, but '{site.name}' of the graph is {want}: "
+        "give a graph of the same model"
+    )
+
+
+def _unlike(part: str, site: Site, apart: float | None = None) -> ModelError:
+    distance = "" if apart is None else f" (distance {apart:.2f})"
+    return ModelError(
+        f"layer '{part}' of the checkpoint does not resemble '{site.name}' of the graph{distance}: "
+        "give its float model, or check=false if the weights of the graph are random"
+    )
+
+
+def fitted(given: Float, wanted: Float) -> Float:
+    """`given` with its rows, then its columns, each times the factor that brings it nearest to
+    `wanted`, by least squares.
+
+    Args:
+        given, wanted: (K, N).
+    """
+    for axis in (1, 0):
+        power = np.square(given).sum(axis=axis, keepdims=True)
+        product = (given * wanted).sum(axis=axis, keepdims=True)
+        given = given * (product / np.where(power > 0, power, 1))
+    return given

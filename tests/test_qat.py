@@ -1,0 +1,518 @@
+"""Quantization-aware training: module, committed graph and onnxruntime have the same integers."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+import qgraph
+from qgraph.annotation import IN
+from qgraph.backends.qat import QuantizedModule, prepare
+from qgraph.backends.quantizers import DataQuantizer, WeightQuantizer
+from qgraph.backends.torch_fx import VALUE
+from qgraph.cli import main
+from qgraph.errors import ModelError, QGraphError
+from qgraph.numerics import quantize
+from qgraph.passes.annotate import Rule
+from qgraph.recipes import Recipe, qat
+from qgraph.session import open_session, run
+from qgraph.spec import PerBlock
+from tests.models import (
+    build,
+    feed,
+    if_model,
+    mlp,
+    random_graph,
+    small_convnet,
+    transformer_block,
+    weight,
+)
+
+
+def prepared(model: ir.Model, seed: int = 0, **parameters: Any) -> QuantizedModule:
+    """The model after some steps of training on random data, in evaluation mode."""
+    module = prepare(model, qat(**parameters), observe=2)
+    module.calibrate([feed(model, seed), feed(model, seed + 1)])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # what training would do, at once: neither weights nor scales stay
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.1 * parameter.abs().mean() + 0.05))
+    return module.eval()
+
+
+class Integers(fx.Interpreter):
+    """Runs the graph and keeps the integers of every quantized value."""
+
+    def __init__(self, module: QuantizedModule) -> None:
+        super().__init__(module.model)
+        self.found: dict[str, np.ndarray] = {}
+        self.floats: dict[str, np.ndarray] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        quantizer = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if isinstance(quantizer, DataQuantizer):
+            steps = (result / quantizer.scale).round().to(torch.int64) + quantizer.zero
+            given = self.env[n.args[0]]
+            name = n.meta[VALUE]
+            self.found[name], self.floats[name] = steps.numpy(), given.numpy()
+            spec, scale = quantizer.spec, quantizer.scale.numpy()
+            again = quantize(self.floats[name], scale, quantizer.zero.numpy(), spec.qmin, spec.qmax)
+            np.testing.assert_array_equal(self.found[name], again)  # the reference numerics
+        return result
+
+
+def integers(module: QuantizedModule, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        module(*(torch.from_numpy(a) for a in given.values()))  # sets the mode
+        work = Integers(module)
+        work.run(*(torch.from_numpy(a) for a in given.values()))
+    return work.found
+
+
+def committed_integers(
+    module: QuantizedModule, given: dict[str, np.ndarray], optimized: bool
+) -> dict[str, np.ndarray]:
+    """The integers that onnxruntime computes, of every value that is still there in integers."""
+    model = qgraph.compile(module, target="onnx").model.clone()
+    names = {str(v.name): v for node in model.graph for v in node.outputs}
+    narrow = {name.removesuffix("_clamped") for name in names if name.endswith("_clamped")}
+    chosen = {
+        name.rpartition("_")[0]: value
+        for name, value in names.items()
+        if name.endswith("_clamped")
+        or (name.endswith("_q") and name.removesuffix("_q") not in narrow)
+    }
+    count = len(model.graph.outputs)
+    model.graph.outputs.extend(chosen.values())
+    results = run(open_session(model, optimized=optimized, threads=1), given)
+    return dict(zip(chosen, results[count:], strict=True))
+
+
+def check_exact(module: QuantizedModule, given: dict[str, np.ndarray]) -> None:
+    """All integers agree; floats are added in another order, so that ties can differ by a step."""
+    ours = integers(module, given)
+    for optimized in (False, True):
+        theirs = committed_integers(module, given, optimized)
+        assert theirs
+        for name, q in theirs.items():
+            steps = np.abs(q.astype(np.int64) - ours[name])
+            assert steps.max(initial=0) <= 1, (name, optimized)
+            assert (steps != 0).mean() <= 0.002, (name, optimized, steps.mean())
+
+
+def check_outputs(
+    module: QuantizedModule, given: dict[str, np.ndarray], rtol: float = 1e-5
+) -> None:
+    """Unoptimized: with optimizations, onnxruntime may round data of 4-bit weights once more."""
+    ours = module(*(torch.from_numpy(a) for a in given.values()))
+    compiled = qgraph.compile(module, target="onnx").model
+    theirs = run(open_session(compiled, optimized=False), given)
+    for a, b in zip(ours if isinstance(ours, tuple) else [ours], theirs, strict=True):
+        largest = float(a.detach().abs().max())
+        np.testing.assert_allclose(b, a.detach(), atol=rtol * max(largest, 1e-3))
+
+
+# --- exactness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "act_bits"), [(2, 8), (3, 4), (4, 8), (8, 8), (5, 2)])
+def test_a_convolutional_net_is_exact(bits: int, act_bits: int) -> None:
+    model = small_convnet()
+    module = prepared(model, bits=bits, act_bits=act_bits)
+    check_exact(module, feed(model, 7))
+
+
+def test_the_batch_can_be_any() -> None:
+    module = prepared(small_convnet(), bits=4)
+    x = np.random.default_rng(0).standard_normal((5, 3, 12, 12)).astype(np.float32)
+    check_exact(module, {"x": x})
+
+
+@given(random_graph(), st.sampled_from([(2, 8), (3, 4), (4, 8), (8, 8)]))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_graph_is_exact(model: ir.Model, bits: tuple[int, int]) -> None:
+    try:
+        module = prepared(model, bits=bits[0], act_bits=bits[1])
+    except ModelError:  # there is nothing to quantize
+        return
+    check_exact(module, feed(model, 3))
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "weights"])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_other_schemes_agree(scheme: Any, bits: int) -> None:
+    model = transformer_block()
+    check_outputs(prepared(model, bits=bits, scheme=scheme), feed(model, 5))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_blocks_agree(bits: int) -> None:
+    model = mlp((64, 48, 8))
+    module = prepared(model, bits=bits, scheme="weights", group_size=16)
+    kinds = {type(m.spec.granularity) for m in module.modules() if isinstance(m, WeightQuantizer)}
+    assert kinds == {PerBlock}
+    check_outputs(module, feed(model, 5))
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu", "cpu:avx2"])
+def test_every_target_computes_it(target: str) -> None:
+    model = small_convnet()
+    module = prepared(model, bits=8)
+    given = feed(model, 2)
+    ours = module(torch.from_numpy(given["x"])).detach().numpy()
+    (theirs,) = run(open_session(qgraph.compile(module, target=target).model), given)
+    np.testing.assert_allclose(theirs, ours, atol=0.02 * np.abs(ours).max())
+
+
+def test_tiny_weights_keep_their_bias() -> None:
+    """A bias is int32 in steps of x · w, so that a channel of tiny weights needs a larger scale."""
+    model = build(
+        """g (float[2,2,3,3] x) => (float[2,2,3,3] z) {
+          y = Conv (x, w, b)
+          z = Relu (y)
+        }""",
+        ir.Tensor(np.array([1e-12, 1, -1e-12, -1], np.float32).reshape(2, 2, 1, 1), name="w"),
+        ir.Tensor(np.array([3.0, -0.25], np.float32), name="b"),
+    )
+    module = prepare(model, qat(bits=4))
+    given = feed(model, 1)
+    module.calibrate([given])
+    y = module.eval()(torch.from_numpy(given["x"]))
+    check_exact(module, given)
+    assert y[:, 0].mean() > 1
+
+
+# --- what is put where ----------------------------------------------------------------------------
+
+
+def test_the_graph_in_training() -> None:
+    model = build(
+        """g (float[N,4] x) => (float[N,2] z) {
+          h = Gemm (x, w, b)
+          r = Relu (h)
+          z = MatMul (r, v)
+        }""",
+        weight("w", 4, 3), weight("b", 3), weight("v", 3, 2),
+    )  # fmt: skip
+    module = prepare(model, qat(bits=2))
+    lines = [
+        f"{node.name} = {str(node.target).rpartition('.')[2]}{node.args}"
+        for node in module.model.graph.nodes
+        if node.op == "call_module"
+    ]
+    assert lines == [
+        "quantizers_x = x(x,)",
+        "quantizers_h_weight = h_weight(w, b)",
+        "quantizers_r = r(r,)",
+        "quantizers_z_weight = z_weight(v,)",
+    ]
+    read = {n.name: n.args for n in module.model.graph.nodes if n.name in ("h", "z")}
+    assert [str(a) for a in read["h"]] == ["quantizers_x", "getitem", "getitem_1"]
+    assert [str(a) for a in read["z"]] == ["quantizers_r", "quantizers_z_weight"]
+    assert {name for name, _ in module.named_parameters()} == {
+        "model.w", "model.b", "model.v",
+        "model.quantizers.x.log_factor", "model.quantizers.r.log_factor",
+        "model.quantizers.h_weight.log_factor", "model.quantizers.z_weight.log_factor",
+    }  # fmt: skip
+
+
+def test_what_moves_data_has_the_scale_of_its_source() -> None:
+    module = prepare(small_convnet(), qat())
+    quantizers = [m for m in module.modules() if isinstance(m, DataQuantizer)]
+    named = [n for n in module.model.graph.nodes if n.meta.get(VALUE) == "flat"]
+    assert "quantizers.pool" in {str(n.target) for n in named}
+    assert len({id(q) for q in quantizers}) == len(quantizers)
+
+
+def test_bodies_of_control_flow_stay_float() -> None:
+    with pytest.raises(ModelError, match="nothing in this model can be quantized"):
+        prepare(if_model(), qat())
+
+
+def test_rules_keep_sites_float() -> None:
+    module = prepare(mlp((16, 32, 8)), qat(rules=[Rule(("matmul", "gemm"), None, layers="m0")]))
+    assert len([m for m in module.modules() if isinstance(m, WeightQuantizer)]) == 1
+    assert module.remarks.verdicts()["m0"].kind == "float"
+
+
+def test_eight_bits_are_seven_where_products_are_added_in_pairs() -> None:
+    module = prepare(mlp(), qat(bits=8))
+    assert {m.spec.width for m in module.modules() if isinstance(m, WeightQuantizer)} == {7}
+    assert any("7 bits" in r.message for r in module.remarks)
+
+
+# --- the schedule ---------------------------------------------------------------------------------
+
+
+def test_observe_then_freeze_then_round() -> None:
+    model = mlp((16, 32, 8))
+    module = prepare(model, qat(bits=2), observe=3)
+    x = torch.from_numpy(feed(model)["x"])
+    exact = module.eval()(x)
+    torch.testing.assert_close(exact, module.teacher(x))
+    module.train()
+    for _ in range(3):
+        torch.testing.assert_close(module(x), exact)
+        assert not module.frozen
+    assert (module(x) - exact).abs().max() > 1e-3
+    assert module.frozen
+    rounded = module.eval()(x)
+    torch.testing.assert_close(module.train()(x), rounded)
+
+
+def test_nothing_observed() -> None:
+    module = prepare(mlp(), qat())
+    with pytest.raises(QGraphError, match="nothing was observed yet: run some batches"):
+        qgraph.compile(module)
+    module.calibrate([feed(mlp())])
+    with pytest.raises(QGraphError, match="calibrate before training"):
+        module.calibrate([feed(mlp())])
+
+
+def test_the_first_scale_covers_what_was_observed() -> None:
+    spec_of = prepare(mlp((16, 8)), qat()), feed(mlp((16, 8)))
+    module, given = spec_of
+    module.calibrate([given])
+    (quantizer,) = (m for m in module.modules() if isinstance(m, DataQuantizer))
+    low, high = given["x"].min(), given["x"].max()
+    assert quantizer.scale.item() == pytest.approx((high - low) / 255, rel=1e-5)
+
+
+# --- as a module ----------------------------------------------------------------------------------
+
+
+def trained(module: QuantizedModule, steps: int = 3) -> QuantizedModule:
+    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        loss = module.train()(torch.randn(4, 16, generator=generator)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return module.eval()
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_state_resumes(steps: int) -> None:
+    """Before scales are chosen, and after."""
+    first = trained(prepare(mlp((16, 32, 8)), qat(bits=3), observe=2), steps)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = prepare(mlp((16, 32, 8)), qat(bits=3), observe=2)
+    second.load_state_dict(torch.load(file))
+    x = torch.randn(4, 16)
+    for _ in range(3):
+        torch.testing.assert_close(first.train()(x), second.train()(x), rtol=0, atol=0)
+    assert first.frozen
+    assert second.frozen
+
+
+def test_a_copy_is_independent() -> None:
+    first = trained(prepare(mlp((16, 32, 8)), qat(bits=3), observe=1))
+    second = copy.deepcopy(first)
+    x = torch.randn(4, 16)
+    before = first(x)
+    torch.testing.assert_close(second(x), before, rtol=0, atol=0)
+    trained(second, 5)
+    torch.testing.assert_close(first(x), before, rtol=0, atol=0)
+    assert (second(x) - before).abs().max() > 0
+    assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+    check_outputs(second, feed(mlp((16, 32, 8))))
+
+
+def test_scales_are_learned_if_wanted() -> None:
+    for learn in (True, False):
+        module = trained(prepare(mlp(), qat(bits=3), learn_scales=learn, observe=1), 4)
+        moved = [m.log_factor.abs().max() > 0 for m in module.modules()
+                 if isinstance(m, DataQuantizer | WeightQuantizer)]  # fmt: skip
+        assert all(m == learn for m in moved)
+
+
+def test_the_model_given_stays_as_it_is() -> None:
+    model = mlp((16, 32, 8))
+    before = {n: v.const_value.numpy().copy() for n, v in model.graph.initializers.items()
+              if v.const_value is not None}  # fmt: skip
+    module = trained(prepare(model, qat(bits=3), observe=1), 5)
+    once = qgraph.compile(module, target="onnx")
+    again = qgraph.compile(module, target="onnx")
+    given = feed(model)
+    np.testing.assert_array_equal(np.asarray(once(given["x"])), np.asarray(again(given["x"])))
+    assert not any(IN in node.meta for node in model.graph)
+    for name, values in before.items():
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
+        np.testing.assert_array_equal(tensor.numpy(), values)
+
+
+def test_distillation_needs_no_labels() -> None:
+    model = mlp((16, 32, 8))
+    module = prepare(model, qat(bits=2), observe=1)
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    assert float(module.train().distillation_loss(torch.randn(64, 16))) < 1e-9  # observed: exact
+    losses = []
+    for _ in range(60):
+        x = torch.randn(64, 16, generator=generator)
+        loss = module.distillation_loss(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    assert not any(p.requires_grad for p in module.teacher.parameters())
+    assert not any("teacher" in key for key in module.state_dict())
+    softer = module.distillation_loss(torch.randn(4, 16), temperature=2.0)
+    assert softer.requires_grad
+
+
+# --- from and to torch ----------------------------------------------------------------------------
+
+
+class Digits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.last = nn.Linear(4 * 16, 10)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = torch.max_pool2d(torch.relu(self.first(image)), 2)
+        return self.last(torch.relu(self.second(x)).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_from_torch_for_any_batch_and_back() -> None:
+    torch.manual_seed(0)
+    module = Digits()
+    qmodel = qgraph.prepare_qat(module, torch.randn(1, 1, 8, 8), bits=2, observe=1)
+    optimizer = torch.optim.SGD(qmodel.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    for size in (3, 5, 2, 7):
+        loss = qmodel.train()(image=torch.randn(size, 1, 8, 8)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    x = torch.randn(6, 1, 8, 8)
+    compiled = qgraph.compile(qmodel.eval(), target="onnx")
+    torch.testing.assert_close(torch.as_tensor(compiled(x)), qmodel(x).detach(), rtol=0, atol=1e-5)
+    names = qmodel.write_back(module)
+    assert sorted(names) == sorted(dict(module.named_parameters()))
+    state = qmodel.state_dict()
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, state[f"model.{name}"])
+
+
+def test_folded_layers_do_not_go_back() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()).eval()
+    with torch.no_grad():
+        module[1].weight.copy_(torch.tensor([0.5, 2.0]))
+    qmodel = qgraph.prepare_qat(module, torch.randn(1, 1, 6, 6))
+    with pytest.raises(ModelError, match="merged with a batch normalization or factor") as error:
+        qmodel.write_back(module)
+    assert "\n" not in str(error.value)
+
+
+def test_what_compile_does_not_take() -> None:
+    module = prepared(mlp())
+    with pytest.raises(QGraphError, match="'bits' was settled when the module was prepared"):
+        qgraph.compile(module, bits=4)
+    with pytest.raises(QGraphError, match="'recipe' was settled"):
+        qgraph.compile(module, "dynamic")
+    with pytest.raises(QGraphError, match=r"recipe 'qat' is for training: call qgraph.prepare_qat"):
+        qgraph.compile(mlp(), "qat")
+    with pytest.raises(QGraphError, match="recipe 'static' is not for training: use 'qat'"):
+        qgraph.prepare_qat(mlp(), recipe="static")
+    with pytest.raises(QGraphError, match="recipe 'none' is not for training"):
+        qgraph.prepare_qat(mlp(), recipe=Recipe("none", ()))
+    with pytest.raises(QGraphError, match="observe=0 is out of range"):
+        qgraph.prepare_qat(mlp(), observe=0)
+    with pytest.raises(QGraphError, match="act_bits=9 is out of range"):
+        qgraph.prepare_qat(mlp(), act_bits=9)
+    with pytest.raises(QGraphError, match="act_bits=4 is out of range"):
+        qgraph.prepare_qat(mlp(), act_bits=4, scheme="dynamic")
+    with pytest.raises(QGraphError, match="group_size=16 is for scheme 'weights' alone"):
+        qgraph.prepare_qat(mlp(), group_size=16)
+    with pytest.raises(QGraphError, match="scheme 'nonsense' is unknown"):
+        qgraph.prepare_qat(mlp(), scheme="nonsense")
+
+
+# --- the shell ------------------------------------------------------------------------------------
+
+TRAINING = """
+import torch
+
+def losses(model):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        yield model.distillation_loss(torch.randn(8, 16, generator=generator))
+
+def itself(model):
+    for loss in losses(model):
+        pass
+
+def nothing(model):
+    return 7
+
+def wrong(model):
+    yield 7
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> Path:
+    monkeypatch.chdir(tmp_path)
+    name = f"own_{abs(hash(request.node.name))}"
+    (tmp_path / f"{name}.py").write_text(TRAINING)
+    ir.save(mlp((16, 32, 8)), "model.onnx")
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("function", ["losses", "itself"])
+def test_the_shell_trains(
+    workplace: Path, function: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = f"{workplace.name}:{function}"
+    arguments = ["compile", "model.onnx", "-o", "out.onnx", "-r", "qat", "-t", "onnx"]
+    assert main([*arguments, "--set", "bits=3", "--train", train]) == 0, capsys.readouterr()
+    widths = {
+        int(np.abs(v.const_value.numpy().astype(int)).max())
+        for v in qgraph.load("out.onnx").graph.initializers.values()
+        if v.const_value is not None and str(v.name).endswith("trained_q")
+    }
+    assert widths
+    assert max(widths) <= 3
+
+
+@pytest.mark.parametrize(
+    ("train", "why"),
+    [
+        ("{}:nothing", "it returned no losses"),
+        ("{}:wrong", "a loss must be one number"),
+        ("{}:absent", "has no function 'absent'"),
+        ("nowhere:f", "there is no module 'nowhere'"),
+        ("{}:torch.pi", "that is no function"),
+        (None, "recipe 'qat' is for training"),
+    ],
+)
+def test_what_the_shell_refuses(
+    workplace: Path, train: str | None, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compile", "model.onnx", "-o", "out.onnx", "-r", "qat", "-t", "onnx"]
+    if train is not None:
+        arguments += ["--train", train.format(workplace.name)]
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert why in shown
+    assert shown.count("\n") == 1
+    assert not Path("out.onnx").exists()
