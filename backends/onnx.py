@@ -37,6 +37,8 @@ class OnnxTarget:
         self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
     ) -> Verdict:
         dynamic = activation is not None and activation.observer == "dynamic"
+        if isinstance(weight.granularity, PerBlock) and weight.width > 4 and dynamic:
+            return Verdict(False, "no runtime multiplies 8-bit blocks by rounded data as integers")
         per_run = activation is not None and isinstance(activation.granularity, PerTensor)
         if dynamic and site.kind in ("conv", "conv_transpose"):
             return Verdict(False, "standard ONNX has no dynamic convolution with signed weights")

@@ -203,8 +203,10 @@ class WeightQuantizer(nn.Module):
         scale, kind = self.scale(bias), self.spec.granularity
         wide, zero = (spread(a, w.shape, self.spec).cpu().numpy() for a in (scale, self.zero))
         q = quantize(w.float().cpu().numpy(), wide, zero, lowest(self.spec), self.spec.qmax)
-        axis = kind.axis if isinstance(kind, PerAxis | PerBlock) else None
         return Quantized(
-            np.ascontiguousarray(q, NUMPY[self.spec.dtype]), scale.cpu().numpy(), self.zero.cpu().numpy(), axis,
+            np.ascontiguousarray(q, NUMPY[self.spec.dtype]),
+            scale.cpu().numpy(),
+            self.zero.cpu().numpy(),
+            kind.axis if isinstance(kind, PerAxis | PerBlock) else None,
             block=kind.size if isinstance(kind, PerBlock) else 0,
-        )  # fmt: skip
+        )

@@ -142,13 +142,15 @@ def train(
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(count, generator=generator)[: count // size * size].split(size)
+        order = torch.randperm(count, generator=generator)
+        yield from (order[i : i + size] for i in range(0, count - size + 1, size))
 
 
 @torch.no_grad()
 def scores(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """The class that each image gets."""
-    return torch.cat([torch.as_tensor(run(part)).argmax(1) for part in images.split(23)])
+    parts = (images[i : i + 23] for i in range(0, len(images), 23))
+    return torch.cat([torch.as_tensor(run(part)).argmax(1) for part in parts])
 
 
 def measure(name: str, case: Case, seed: int) -> dict[str, str | float | int | None]:
@@ -158,7 +160,7 @@ def measure(name: str, case: Case, seed: int) -> dict[str, str | float | int | N
     model, example = source if isinstance(source, tuple) else (source, None)
     start = time.perf_counter()
     qmodel = qgraph.prepare_qat(model, example, bits=case.bits, act_bits=case.act_bits)
-    qmodel.calibrate(learn[0][: 8 * case.batch].split(case.batch))
+    qmodel.calibrate([learn[0][i * case.batch :][: case.batch] for i in range(8)])
     truth = scores(qmodel.teacher, images) if not case.labels else labels
     found = {
         "float": scores(qmodel.teacher, images),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 import qgraph
 
@@ -37,12 +38,12 @@ def digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def train(model: nn.Module, epochs: int, rate: float) -> None:
     """Plain training, of the float model and of the one with quantization alike."""
-    images, labels = digits(3000, seed=0)
+    loader = DataLoader(TensorDataset(*digits(3000, seed=0)), batch_size=64, shuffle=True)
     optimizer = torch.optim.Adam(model.parameters(), rate)
     model.train()
     for _ in range(epochs):
-        for batch in torch.randperm(len(images)).split(64):
-            loss = cross_entropy(model(images[batch]), labels[batch])
+        for x, y in loader:
+            loss = cross_entropy(model(x), y)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -62,7 +63,7 @@ def main() -> dict[str, float]:
     seen, _ = digits(256, seed=2)
 
     source = qgraph.trace(model, images, [{0: "batch"}])
-    rounded = qgraph.compile(source, "static", seen.split(32), "onnx", bits=2)
+    rounded = qgraph.compile(source, "static", DataLoader(seen, 32), "onnx", bits=2)
     qmodel = qgraph.prepare_qat(model, images[:1], bits=2)
     train(qmodel, epochs=4, rate=2e-3)
     compiled = qgraph.compile(qmodel, target="onnx")

@@ -216,6 +216,7 @@ def w8a8(
 
 
 def _grouped(size: int) -> Rule:
+    """8 bits in groups of input channels, of the weights and of each token."""
     groups = QuantSpec(ir.DataType.INT8, PerBlock(-1, size), observer="dynamic")
     weight = WEIGHT.with_(granularity=PerBlock(0, size))
     return Rule(("matmul", "gemm"), weight, (groups, PER_TOKEN), where=ends_mlp)
@@ -493,17 +494,20 @@ def checkpoint(
     *,
     path: str = "",
     check: bool = True,
+    bits: int = 0,
     kernel: CodebookKernel = "int8",
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights that GPTQ, AWQ or bitsandbytes have quantized, from a Hugging Face checkpoint.
 
-    The integers and scales stay what they are. Layers that the checkpoint has in float stay float.
+    The integers and scales stay what they are; no data is needed.
 
     Args:
         path: the folder with `config.json` and safetensors files.
         check: the graph holds the float weights of the same model, and the checkpoint's must
             resemble them; false for a graph whose weights are random.
+        bits: bits of what the checkpoint has in float, mostly lookup tables and the last product,
+            as in `dynamic`; 0 leaves it in float.
         kernel: of bitsandbytes' weights, as in `nf4`.
         rules: how to treat layers that are float in the checkpoint.
     """
@@ -513,26 +517,24 @@ def checkpoint(
     blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
     products: tuple[SiteKind, ...] = ("matmul", "gemm")
     codes = Rule(products, WEIGHT, (None,), where=lambda site: _brought(site, codebook=True))
-    brought = Rule(products, WEIGHT, (*blocks, None), where=_brought)
+    own = Rule(products, WEIGHT, (*blocks, None), where=_brought)
     others = Rule((*products, "conv", "conv_transpose", "gather"), None, why="float in checkpoint")
     for_exchange = kernel == "bnb4"
-    return Recipe(
-        "checkpoint",
-        (
-            FLOAT_STAGE[0],
-            LoadCheckpoint(path, check),
-            *FLOAT_STAGE[1:],
-            ConvertOpset(SMALL_INTEGERS),
-            Annotate(
-                "dynamic", rules=(*((codes,) if for_exchange else ()), brought, *rules, others)
-            ),
-            BalanceTables(),
-            InsertQDQ(),
-            FoldQDQ(),
-            *((UseBnb4(),) if for_exchange else ()),
-            Lower(),
-        ),
+    chosen = (*((codes,) if for_exchange else ()), own, *rules, *(() if bits else (others,)))
+    canonicalize, *fuse = FLOAT_STAGE
+    steps = (
+        canonicalize,
+        LoadCheckpoint(path, check),
+        *fuse,
+        ConvertOpset(SMALL_INTEGERS),
+        Annotate("dynamic", rules=chosen, weight=_weight(bits or 8)),
+        BalanceTables(),
+        InsertQDQ(),
+        FoldQDQ(),
+        *((UseBnb4(),) if for_exchange else ()),
+        Lower(),
     )
+    return Recipe("checkpoint", steps)
 
 
 def _brought(site: Site, codebook: bool = False) -> bool:

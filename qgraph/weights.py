@@ -171,9 +171,7 @@ def _writable(spec: QuantSpec, *kinds: type[Granularity]) -> QuantSpec:
     )
 
 
-def quantize_site(
-    site: Site, spec: QuantSpec, saturates: bool
-) -> Quantized:
+def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
     """The site's weight in integers, ready for the kernels it will meet.
 
     Args:

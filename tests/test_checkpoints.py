@@ -379,6 +379,16 @@ def test_weights_are_exact_all_the_way(name: str, packed: bool, tmp_path: Path) 
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+def test_what_is_float_may_be_quantized_too(tmp_path: Path) -> None:
+    want = saved(tmp_path, "gptq")
+    model = graph(floats())
+    context = apply(model, checkpoint(path=str(tmp_path), bits=8).passes)
+    assert_equal(computed_weights(model)[f"{O}/MatMul"], want[O])
+    verdicts = context.remarks.verdicts()
+    assert verdicts["lm_head/MatMul"].message.startswith("weights int8 per-channel")
+    assert verdicts[f"{O}/MatMul"].message == "weights int4 in blocks of 32, float activations"
+
+
 @pytest.mark.parametrize("name", ["gptq", "gptq-asymmetric", "gptq-3", "gptq-act-order", "awq"])
 def test_kernels_get_the_same_integers(name: str, tmp_path: Path) -> None:
     want = saved(tmp_path, name)
@@ -743,7 +753,7 @@ def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[call-arg]
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -757,11 +767,12 @@ def llama() -> Any:
         attn_implementation="eager",
         use_cache=False,
     )
-    module = LlamaForCausalLM(config).eval()
+    module = LlamaForCausalLM(config)
+    module.train(False)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim == 1:  # norms of a new model are all ones
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return module
 
 
@@ -818,7 +829,8 @@ def test_a_folder_of_the_genai_builder(name: str, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "hf")
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "hf")
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer)  # type: ignore[no-untyped-call]
+    made.save_pretrained(tmp_path / "hf")
     builder = (sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu")
     folders = ("-i", tmp_path / "hf", "-o", tmp_path / "built", "-c", tmp_path / "cache")
     offline = ("--extra_options", "hf_token=false")

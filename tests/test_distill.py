@@ -161,7 +161,7 @@ def test_before_and_after() -> None:
     assert body(model) == golden("""
         %h: f32[batch, 16] = Neg(%x)
         %y: f32[batch, 2] = MatMul(%h <uint8 per-token sym dynamic>, %w <int4 per-block(0, 16) sym mse>)
-    """)
+    """)  # noqa: E501
     context = apply(model, [Distill()], feeds(16), ONNX)
     assert body(model) == golden("""
         %h: f32[batch, 16] = Neg(%x)

@@ -207,6 +207,7 @@ RUNNABLE = (
     "README.md",
     "docs/writing-a-pass.md",
     "docs/transformers-at-8-bits.md",
+    "docs/four-bits.md",
     "docs/quantization-aware-training.md",
 )
 DOCUMENTS = (*RUNNABLE, "CONTRIBUTING.md", "docs/how-a-model-flows.md")

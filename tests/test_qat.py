@@ -51,6 +51,12 @@ def prepared(model: ir.Model, seed: int = 0, **parameters: Any) -> QuantizedModu
     return module.eval()
 
 
+def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
 class Integers(fx.Interpreter):
     """Runs the graph and keeps the integers of every quantized value."""
 
@@ -64,8 +70,8 @@ class Integers(fx.Interpreter):
         quantizer = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
         if isinstance(quantizer, DataQuantizer):
             steps = (result / quantizer.scale).round().to(torch.int64) + quantizer.zero
-            given = self.env[n.args[0]]
-            name = n.meta[VALUE]
+            (source,), name = n.all_input_nodes, n.meta[VALUE]
+            given = self.env[source]
             self.found[name], self.floats[name] = steps.numpy(), given.numpy()
             spec, scale = quantizer.spec, quantizer.scale.numpy()
             again = quantize(self.floats[name], scale, quantizer.zero.numpy(), spec.qmin, spec.qmax)
@@ -298,9 +304,7 @@ def trained(module: QuantizedModule, steps: int = 3) -> QuantizedModule:
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         loss = module.train()(torch.randn(4, 16, generator=generator)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        step(optimizer, loss)
     return module.eval()
 
 
@@ -367,9 +371,7 @@ def test_distillation_needs_no_labels() -> None:
     for _ in range(60):
         x = torch.randn(64, 16, generator=generator)
         loss = module.distillation_loss(x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        step(optimizer, loss)
         losses.append(float(loss))
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     assert not any(p.requires_grad for p in module.teacher.parameters())
@@ -390,7 +392,8 @@ class Digits(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = torch.max_pool2d(torch.relu(self.first(image)), 2)
-        return self.last(torch.relu(self.second(x)).flatten(1))  # type: ignore[no-any-return]
+        scores: torch.Tensor = self.last(torch.relu(self.second(x)).flatten(1))
+        return scores
 
 
 def test_from_torch_for_any_batch_and_back() -> None:
@@ -400,9 +403,7 @@ def test_from_torch_for_any_batch_and_back() -> None:
     optimizer = torch.optim.SGD(qmodel.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     for size in (3, 5, 2, 7):
         loss = qmodel.train()(image=torch.randn(size, 1, 8, 8)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        step(optimizer, loss)
     x = torch.randn(6, 1, 8, 8)
     compiled = qgraph.compile(qmodel.eval(), target="onnx")
     torch.testing.assert_close(torch.as_tensor(compiled(x)), qmodel(x).detach(), rtol=0, atol=1e-5)
@@ -414,9 +415,10 @@ def test_from_torch_for_any_batch_and_back() -> None:
 
 
 def test_folded_layers_do_not_go_back() -> None:
-    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()).eval()
+    norm = nn.BatchNorm2d(2)
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), norm, nn.ReLU()).eval()
     with torch.no_grad():
-        module[1].weight.copy_(torch.tensor([0.5, 2.0]))
+        norm.weight.copy_(torch.tensor([0.5, 2.0]))
     qmodel = qgraph.prepare_qat(module, torch.randn(1, 1, 6, 6))
     with pytest.raises(ModelError, match="merged with a batch normalization or factor") as error:
         qmodel.write_back(module)
