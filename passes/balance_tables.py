@@ -133,7 +133,7 @@ def _may_share(model: ir.Model, table: Site, product: Site) -> bool:
     if of_table.granularity != PerAxis(table.axis):
         return False
     if isinstance(spec.granularity, PerBlock):  # finer than the table asks for
-        return spec.with_(granularity=of_table.granularity) == of_table
+        return not spec.codebook and spec.with_(granularity=of_table.granularity) == of_table
     return spec == of_table.with_(granularity=PerAxis(product.axis))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qgraph.annotation import IN
@@ -136,7 +136,8 @@ def test_every_target_computes_the_same(
     found = both(model, given_)[0]
     assert sqnr_db(wanted, found) > {3: 10, 4: 15, 6: 24, 8: 30}[spec.width]
     integer = {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger"}
-    declined = activation == PER_RUN and isinstance(spec.granularity, PerBlock)
+    blocks = isinstance(spec.granularity, PerBlock)
+    declined = blocks and (activation == PER_RUN or spec.width > 4)  # columns of 8 bits instead
     assert bool(integer & set(ops(model))) is (target is not ONNX or declined)
     save(model, tmp_path / "model.onnx")
     np.testing.assert_array_equal(both(load(tmp_path / "model.onnx"), given_)[0], found)
@@ -284,6 +285,7 @@ def test_any_product(
     k: int, n: int, size: int, bits: int, trans_b: bool, seed: int, target: Target
 ) -> None:
     """Whatever its shape, lowering costs half a step of int8 columns at most."""
+    assume(bits <= 4 or target is not ONNX)
     dtype = ir.DataType.INT4 if bits <= 4 else ir.DataType.INT8
     width = 0 if bits in (4, 8) else bits
     spec = QuantSpec(dtype, PerBlock(0, size), bits=width, observer="mse")

@@ -29,7 +29,9 @@ def leaky_relu(x: Tensor, *, alpha: float = 0.01) -> Tensor:
     return F.leaky_relu(x, alpha)
 
 
-def prelu(x: Tensor, slope: Tensor) -> Tensor:
+def prelu(x: Tensor, slope: Tensor, *, opset: int) -> Tensor:
+    if opset < 7 and slope.numel() > 1:  # then slopes went with the channels
+        slope = slope.reshape([-1] + [1] * (x.ndim - 2))
     return torch.where(x < 0, slope * x, x)
 
 

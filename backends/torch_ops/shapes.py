@@ -95,7 +95,7 @@ def tile(x: Tensor, repeats: Ints) -> Tensor:
 def pad(
     x: Tensor,
     pads: Ints,
-    value: Tensor | None = None,
+    value: Tensor | float | None = None,
     axes: Ints | None = None,
     *,
     mode: str = "constant",
@@ -108,7 +108,8 @@ def pad(
         before[axis], after[axis] = amounts[i], amounts[i + len(along)]
     if mode == "constant":
         flat = [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
-        return F.pad(x, flat, value=0 if value is None else value.item())
+        filler = value.item() if isinstance(value, Tensor) else value or 0
+        return F.pad(x, flat, value=filler)
     for axis in along:
         if before[axis] or after[axis]:
             index = torch.arange(-before[axis], x.shape[axis] + after[axis], device=x.device)
