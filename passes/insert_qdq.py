@@ -301,9 +301,7 @@ class _Commit:
         """Cast and Mul instead of DequantizeLinear, behind which onnxruntime rounds the weight of
         anything that it makes a Gemm of to int8 (WeightBiasQuantization)."""
         to, base = {"to": int(ir.DataType.FLOAT)}, f"{value.name}_wide"
-        cast = insert(
-            self.model, q, "Cast", [q.outputs[0]], base=base, attributes=to, after=True
-        )
+        cast = insert(self.model, q, "Cast", [q.outputs[0]], base=base, attributes=to, after=True)
         factors = [_typed(cast, value), scale]
         mul = insert(self.model, cast, "Mul", factors, base=f"{value.name}_dq", after=True)
         return _typed(mul, value)

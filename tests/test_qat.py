@@ -373,7 +373,7 @@ def test_distillation_needs_no_labels() -> None:
         loss = module.distillation_loss(x)
         step(optimizer, loss)
         losses.append(loss.item())
-    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert not any(p.requires_grad for p in module.teacher.parameters())
     assert not any("teacher" in key for key in module.state_dict())
     softer = module.distillation_loss(torch.randn(4, 16), temperature=2.0)
