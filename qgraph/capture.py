@@ -51,7 +51,8 @@ def captured(
         raise CalibrationError("this needs calibration data: give some typical inputs")
     each = -(-rows // len(feeds))
     for group in _groups(values, rows, min(BYTES, (context.max_memory or 4 * BYTES) // 4)):
-        session = open_session(_picking(model, group, each))
+        # A handful of runs: packed weights would take longer than they save, and their size again.
+        session = open_session(_picking(model, group, each), prepack=False, arena=False)
         known = {i.name for i in session.get_inputs()}
         runs = [session.run(None, {k: v for k, v in f.items() if k in known}) for f in feeds]
         del session
