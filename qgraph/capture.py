@@ -18,7 +18,7 @@ from qgraph.session import open_session
 Rows = NDArray[np.float32]
 FEEDS = 4
 """Calibration feeds that are run."""
-BYTES = 256 << 20
+BYTES = 96 << 20
 """About so much is held at once; more values are captured in several runs of the feeds."""
 
 

@@ -137,9 +137,9 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fills with the number of outputs of each session that is opened."""
     opened: list[int] = []
 
-    def counting(model: ir.Model) -> object:
+    def counting(model: ir.Model, **options: bool) -> object:
         opened.append(len(model.graph.outputs))
-        return open_session(model)
+        return open_session(model, **options)
 
     monkeypatch.setattr(capture, "open_session", counting)
     return opened
