@@ -72,7 +72,7 @@ def module_runner(module: torch.nn.Module) -> Runner:
 
     def run(feed: Feed) -> list[Array]:
         with torch.inference_mode():
-            output: Array = module(*map(torch.from_numpy, feed.values())).numpy()
+            output: Array = module(*map(torch.tensor, feed.values())).numpy()
         return [output]
 
     return run
