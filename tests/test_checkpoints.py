@@ -803,7 +803,7 @@ def test_a_traced_llama(tmp_path: Path) -> None:
 
     ids = np.arange(12)[np.newaxis] * 7
     example = {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
-    traced = qgraph.trace(llama(), example, {"input_ids": [1]})
+    traced = qgraph.trace(llama(), example, {"input_ids": {1: "length"}})
     for name in FORMATS:
         if name == "gptq-act-order":  # its order is for one width
             continue
