@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from qgraph.analysis import Site, lowest_value
 from qgraph.annotation import IN, product_groups
+from qgraph.block_scales import lowest
 from qgraph.capture import Rows, captured
 from qgraph.context import Context
 from qgraph.errors import QGraphError
 from qgraph.graph import array, release, remove_dead
-from qgraph.numerics import Int, can_saturate, group_qmin
+from qgraph.numerics import Int, can_saturate
 from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.simulation import relative_noise, rounded_data
-from qgraph.spec import PerBlock, QuantSpec
+from qgraph.simulation import relative_noise, rounded_data, unit_power
+from qgraph.spec import QuantSpec
 from qgraph.target import Target
 from qgraph.weights import Quantized, quantize_site, reduction_rows, replace_weight
 
@@ -159,8 +160,7 @@ def normal_equations(teacher: NDArray[Any], student: NDArray[Any]) -> tuple[Any,
     Returns:
         Q(x)ᵀQ(x) and Q(x)ᵀx, (K, K) each.
     """
-    power = np.square(teacher).mean(axis=-1, keepdims=True)
-    even = np.where(power > 0, 1 / np.sqrt(np.maximum(power, 1e-30)), 0).astype(teacher.dtype)
+    even = unit_power(teacher)
     x, qx = teacher * even, student * even
     return qx.T @ qx, qx.T @ x
 
@@ -191,7 +191,7 @@ def distilled(
     Returns:
         integers like `q`; the error of no column, without damping, is larger than with `q`.
     """
-    qmin = group_qmin(spec) if isinstance(spec.granularity, PerBlock) else spec.qmin
+    qmin = lowest(spec)
     ridge = damping * gram.diagonal().mean()
     wanted = cross @ w
     damped = gram + ridge * np.eye(len(gram), dtype=gram.dtype)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qgraph.numerics import blockwise, group_qmin, group_scales, quantize
+from qgraph.simulation import unit_power
 from qgraph.spec import QuantSpec
 from qgraph.weights import Quantized
 
@@ -213,8 +214,7 @@ def gram_matrices(
     k = meant[0].shape[-1]
     gram, cross = np.zeros((k, k)), np.zeros((k, k))
     for x, other in _batches(meant, seen, masks):
-        power = np.square(x).mean(axis=-1, keepdims=True)
-        even = np.where(power > 0, 1 / np.sqrt(np.maximum(power, 1e-30)), 0).astype(np.float32)
+        even = unit_power(x)
         student = other * even
         gram += student.T @ student
         cross += student.T @ ((x - other) * even)

@@ -170,7 +170,7 @@ def smoothquant(
     steps: tuple[Pass, ...] = (annotate, *observe, Smooth(alpha), _OUTPUT_SPLIT)
     if level != "O1":  # smoothing has changed what one scale must serve
         steps = (*steps, *observe, GuardStatic(min_sqnr=min_sqnr))
-    return Recipe("smoothquant", (*FLOAT_STAGE, *steps, *_commit(lkd)), calibrates=True)
+    return Recipe("smoothquant", (*FLOAT_STAGE, *steps, *_distilled(lkd)), calibrates=True)
 
 
 def llm_int8(
@@ -250,7 +250,7 @@ def zeroquant(
     others = () if mlp == weight else (products,)
     annotate = Annotate("dynamic", rules=(*rules, *others), weight=weight)
     smooth = (InsertObservers(channel_ranges=True), Calibrate(), Smooth(alpha)) if alpha else ()
-    steps = (ConvertOpset(SMALL_INTEGERS), annotate, *smooth, *_commit(lkd))
+    steps = (ConvertOpset(SMALL_INTEGERS), annotate, *smooth, *_distilled(lkd))
     return Recipe("zeroquant", (*FLOAT_STAGE, *steps), calibrates=bool(alpha) or lkd)
 
 
@@ -307,7 +307,7 @@ def awq(
     """
     annotate = _weight_only(bits, group_size, symmetric, "absmax", rules)
     clipped = (ClipWeights(),) if clip else ()
-    steps = (*annotate, AWQ(), BalanceTables(), *clipped, InsertQDQ(), FoldQDQ(), Lower())
+    steps = (*annotate, AWQ(), *_commit(*clipped))
     return Recipe("awq", (*FLOAT_STAGE, *steps), calibrates=True)
 
 
@@ -332,7 +332,7 @@ def gptq(
         rules: which sites to treat otherwise.
     """
     annotate = _weight_only(bits, group_size, symmetric, "absmax", rules)
-    steps = (*annotate, BalanceTables(), GPTQ(act_order, damping), InsertQDQ(), FoldQDQ(), Lower())
+    steps = (*annotate, *_commit(GPTQ(act_order, damping)))
     return Recipe("gptq", (*FLOAT_STAGE, *steps), calibrates=True)
 
 
@@ -352,7 +352,7 @@ def hqq(
         rules: which sites to treat otherwise.
     """
     annotate = _weight_only(bits, group_size, symmetric, "absmax", rules)
-    steps = (*annotate, BalanceTables(), HQQ(), InsertQDQ(), FoldQDQ(), Lower())
+    steps = (*annotate, *_commit(HQQ()))
     return Recipe("hqq", (*FLOAT_STAGE, *steps))
 
 
@@ -595,10 +595,14 @@ def _checked(group_size: int) -> int:
     return group_size
 
 
-def _commit(lkd: bool = False) -> tuple[Pass, ...]:
-    """From annotations to the target. A table tied to a product must be found before LKD."""
-    distill = (Distill(),) if lkd else ()
-    return BalanceTables(), *distill, InsertQDQ(), FoldQDQ(), Lower()
+def _commit(*rounding: Pass) -> tuple[Pass, ...]:
+    """From annotations to the target, through passes that round weights themselves. A table tied
+    to a product must be found before they do."""
+    return BalanceTables(), *rounding, InsertQDQ(), FoldQDQ(), Lower()
+
+
+def _distilled(lkd: bool) -> tuple[Pass, ...]:
+    return _commit(*((Distill(),) if lkd else ()))
 
 
 def _dynamic(bits: int, rules: Sequence[Rule]) -> tuple[Pass, ...]:

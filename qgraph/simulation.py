@@ -67,6 +67,12 @@ def rounded_weight(w: Float, spec: QuantSpec) -> Float:
     return Quantized(*quantize_in_slices(w, axis, spec), axis).float()
 
 
+def unit_power(x: NDArray[Any]) -> NDArray[Any]:
+    """Factors (tokens, 1) that bring tokens to a mean square of 1; 0 for tokens of zeros."""
+    power = np.square(x).mean(axis=-1, keepdims=True)
+    return np.where(power > 0, 1 / np.sqrt(np.maximum(power, 1e-30)), 0).astype(x.dtype)
+
+
 def relative_noise(reference: NDArray[Any], other: NDArray[Any]) -> float:
     """Power of the difference over power of the reference, with an eye on every token.
 
