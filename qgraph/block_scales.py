@@ -25,7 +25,7 @@ from qgraph.numerics import (
     scale_zero_point,
 )
 from qgraph.spec import PerAxis, PerBlock, QuantSpec
-from qgraph.weights import NUMPY, Quantized
+from qgraph.weights import NUMPY, Quantized, reduction_rows
 
 Float = NDArray[np.float32]
 Scales = tuple[Float, Int]
@@ -61,7 +61,7 @@ def columns(site: Site) -> Float:
     """The site's weight as (K, N), a view. Reads it: see :func:`qgraph.graph.release`."""
     weight = array(site.weight)
     assert weight is not None
-    return weight if site.axis == 1 else weight.T
+    return reduction_rows(weight, site)
 
 
 def some_columns(w: Float, count: int, seed: int) -> Float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -122,7 +122,7 @@ class CpuTarget:
                 k = n
         if site.kind == "conv":
             return self._convolution(lowering, k, n)
-        speedup = self._speedup(lowering, k, n, context)
+        speedup = _mean(self._speedups(Case(lowering, k, n, 0), context))
         where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
         if speedup < MARGIN:
             return Verdict(
@@ -142,9 +142,9 @@ class CpuTarget:
         if bits is None:
             known = ", ".join(map(str, INT8_BLOCKS[8]))
             return Verdict(False, f"blocks of {size} have no kernel: only those of {known}")
-        speedups = self._block_speedups(k, n, bits, size, context)
+        speedups = self._speedups(Case("blocks", k, n, 0, bits=bits, block=size), context)
         where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
-        mean = float(np.exp(np.log(speedups).mean()))
+        mean = _mean(speedups)
         # Weights of 8 bits can be columns instead, which are faster than float for prompts too.
         if (speedups.min() if weight.width == 8 else mean) < MARGIN:
             return Verdict(
@@ -155,13 +155,6 @@ class CpuTarget:
             for rows, speedup in zip(ROWS[context.optimize_for], speedups, strict=True)
         )
         return Verdict(True, f"{told} {where}", mean, slowest=float(speedups.min()))
-
-    def _block_speedups(self, k: int, n: int, bits: int, size: int, context: Context) -> np.ndarray:
-        rows = ROWS[context.optimize_for]
-        if not self.measured:
-            return np.array([SHIPPED[f"blocks-{bits}"][m] for m in rows])
-        cases = [Case("blocks", rounded(k), rounded(n), m, bits=bits, block=size) for m in rows]
-        return np.array([host_table().speedup(case) for case in cases])
 
     def _convolution(self, lowering: Lowering, k: int, n: int) -> Verdict:
         """A convolution's own speedup and what conversions around it cost: see `qgraph.islands`."""
@@ -174,16 +167,14 @@ class CpuTarget:
         integer = max((chained - alone) / (CHAIN - 1), 0.05)
         return Verdict(True, "measured on this host", 1 / integer, max(alone - integer, 0.0))
 
-    def _speedup(self, lowering: Lowering, k: int, n: int, context: Context) -> float:
-        return float(np.exp(np.log(self._speedups(lowering, k, n, context)).mean()))
-
-    def _speedups(self, lowering: Lowering, k: int, n: int, context: Context) -> np.ndarray:
-        """One for each number of rows that counts."""
+    def _speedups(self, case: Case, context: Context) -> np.ndarray:
+        """One for each number of rows that counts, for a product with k and n as they are."""
         rows = ROWS[context.optimize_for]
         if not self.measured:
-            return np.array([SHIPPED[lowering][m] for m in rows])
-        cases = [Case(lowering, rounded(k), rounded(n), m) for m in rows]
-        return np.array([host_table().speedup(case) for case in cases])
+            key = f"blocks-{case.bits}" if case.block else case.lowering
+            return np.array([SHIPPED[key][m] for m in rows])
+        case = replace(case, k=rounded(case.k), n=rounded(case.n))
+        return np.array([host_table().speedup(replace(case, m=m)) for m in rows])
 
     def _apart_is_faster(self, norm: Lowering, context: Context) -> bool:
         """Whether a residual norm in two operators wins for one token as well as for many."""
@@ -210,6 +201,10 @@ class CpuTarget:
         if self._apart_is_faster("rms-norm", context):
             changed |= part_rms_norms(model)
         return inline_functions(model) or changed
+
+
+def _mean(speedups: np.ndarray) -> float:
+    return float(np.exp(np.log(speedups).mean()))
 
 
 def _lowering(site: Site, activation: QuantSpec) -> Lowering | None:
