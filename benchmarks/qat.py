@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -94,7 +95,11 @@ def digit_onnx(seed: int) -> ir.Model:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "digits.onnx"
         two = example.repeat(2, 1, 1, 1)  # a batch of 1 would be taken for a constant
-        program = torch.onnx.export(module, (two,), dynamo=True, dynamic_shapes=shapes)
+        with warnings.catch_warnings():  # the exporter's, about itself
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            program = torch.onnx.export(
+                module, (two,), dynamo=True, dynamic_shapes=shapes, verbose=False
+            )
         assert program is not None
         program.save(path, external_data=False)
         return qgraph.load(path)

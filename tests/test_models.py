@@ -19,7 +19,7 @@ from benchmarks.zoo import Array
 
 NAMES = (
     "efficientnet", "minilm", "ppocr-det", "ppocr-rec", "ppocr-cls", "silero", "silero-16k",
-    "magika", "antiberty", "smollm2",
+    "magika", "antiberty", "smollm2", "whisper-encoder", "whisper-decoder",
     "light-bvlc-alexnet", "light-densenet121",
     "light-inception-v1", "light-inception-v2", "light-resnet50", "light-shufflenet",
     "light-squeezenet", "light-vgg19", "light-zfnet512",
