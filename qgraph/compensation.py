@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qgraph.numerics import blockwise, group_qmin, group_scales, quantize
+from qgraph.numerics import group_qmin, group_scales
 from qgraph.simulation import unit_power
 from qgraph.spec import QuantSpec
 from qgraph.weights import Quantized
@@ -175,25 +174,31 @@ def fitted_scales(
     Returns:
         (blocks, N) each.
     """
+    blocks, columns = -(-len(w) // size), w.shape[1]
+    scale, zero = np.empty((blocks, columns), np.float32), np.empty((blocks, columns), np.int32)
+    missing = ((0, blocks * size - len(w)), (0, 0))
+    counts = np.pad(importance[:, np.newaxis], missing).reshape(blocks, 1, size)
     starts = np.arange(0, len(w), size)
-    scale = np.empty((len(starts), w.shape[1]), np.float32)
-    zero = np.empty(scale.shape, np.int32)
-    for start in range(0, w.shape[1], CACHED):
+    for start in range(0, columns, CACHED):
         part = (slice(None), slice(start, start + CACHED))
-        piece = w[part]
-        low, high = (f.reduceat(piece, starts, axis=0) for f in (np.minimum, np.maximum))
-        best = np.full(low.shape, np.inf)
-        for ratio, sign in product(CLIPPING, (1, -1) if spec.symmetric else (1,)):
+        piece = np.pad(w[part], missing).reshape(blocks, size, -1)
+        low, high = (f.reduceat(w[part], starts, axis=0) for f in (np.minimum, np.maximum))
+        least = np.full(low.shape, np.inf, np.float32)
+        for ratio in CLIPPING:
             tried, at = group_scales(low * np.float32(ratio), high * np.float32(ratio), spec)
-            tried = tried * np.float32(sign)
-            steps, zeros = blockwise(tried, size, len(w)), blockwise(at, size, len(w))
-            rounded = (quantize(piece, steps, zeros, group_qmin(spec), spec.qmax) - zeros) * steps
-            noise = np.square(rounded - piece, dtype=np.float32) * importance[:, np.newaxis]
-            error = np.add.reduceat(noise, starts, axis=0)
-            better = error < best
-            best = np.where(better, error, best)
-            scale[part] = np.where(better, tried, scale[part])
-            zero[part] = np.where(better, at, zero[part])
+            exact = piece / tried[:, np.newaxis]
+            nearest = np.rint(exact)
+            bottom, top = ((end - at)[:, np.newaxis] for end in (group_qmin(spec), spec.qmax))
+            ranges = ((1, bottom, top), (-1, -top, -bottom))
+            for sign, first, last in ranges if spec.symmetric else ranges[:1]:
+                off = np.clip(nearest, first, last, dtype=np.float32)
+                off -= exact
+                off *= off
+                error = np.square(tried) * (counts @ off)[:, 0]
+                better = error < least
+                least = np.where(better, error, least)
+                scale[part] = np.where(better, np.float32(sign) * tried, scale[part])
+                zero[part] = np.where(better, at, zero[part])
     return scale, zero
 
 
@@ -215,20 +220,23 @@ def gram_matrices(
     gram, cross = np.zeros((k, k)), np.zeros((k, k))
     for x, other in _batches(meant, seen, masks):
         even = unit_power(x)
-        student = other * even
-        gram += student.T @ student
-        cross += student.T @ ((x - other) * even)
+        x -= other
+        x *= even
+        other *= even
+        gram += other.T @ other
+        cross += other.T @ x
     return gram, cross
 
 
 def _batches(
     meant: Sequence[np.ndarray], seen: Sequence[np.ndarray], masks: Sequence[np.ndarray | None]
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Tokens of both, (about :data:`ROWS`, K); small feeds are put together."""
+    """Copies of tokens of both, (about :data:`ROWS`, K); small feeds are put together."""
     batch: list[list[np.ndarray]] = [[], []]
     held = 0
     for x, other, mask in zip(meant, seen, masks, strict=True):
-        counts = mask != 0 if mask is not None and mask.shape == x.shape[:-1] else ...
+        fits = mask is not None and mask.shape == x.shape[:-1] and not mask.all()
+        counts = mask != 0 if fits else ...
         for rows, values in zip(batch, (x, other), strict=True):
             rows.append(values[counts].reshape(-1, x.shape[-1]))
         held += len(batch[0][-1])
@@ -240,7 +248,7 @@ def _batches(
 
 
 def _joined(rows: list[np.ndarray]) -> NDArray[np.float32]:
-    return np.concatenate(rows).astype(np.float32, copy=False)
+    return np.concatenate(rows, dtype=np.float32)
 
 
 def inverse_root(gram: Float, damping: float) -> tuple[Float, float]:
@@ -259,10 +267,22 @@ def inverse_root(gram: Float, damping: float) -> tuple[Float, float]:
         try:
             # Of the matrix backwards, the lower factor is, backwards, the upper one: G = R Rᵀ.
             damped = (gram + damping * mean * identity)[::-1, ::-1]
-            upper = np.linalg.cholesky(damped)[::-1, ::-1]
-            return np.triu(np.linalg.inv(upper)), damping
+            backwards = triangular_inverse(np.linalg.cholesky(damped))
+            return np.ascontiguousarray(backwards[::-1, ::-1]), damping
         except np.linalg.LinAlgError:
             damping = max(10 * damping, 1e-8)
+
+
+def triangular_inverse(lower: Float) -> Float:
+    """The inverse of a lower triangular matrix, by products of matrices, which are fast."""
+    if len(lower) <= STRIP:
+        return np.tril(np.linalg.inv(lower))
+    half = len(lower) // 2
+    inverse = np.zeros_like(lower)
+    inverse[:half, :half] = triangular_inverse(lower[:half, :half])
+    inverse[half:, half:] = triangular_inverse(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ lower[half:, :half] @ inverse[:half, :half]
+    return inverse
 
 
 def correction(gram: Float, cross: Float, damping: float) -> Float:

@@ -69,7 +69,7 @@ def rounded_weight(w: Float, spec: QuantSpec) -> Float:
 
 def unit_power(x: NDArray[Any]) -> NDArray[Any]:
     """Factors (tokens, 1) that bring tokens to a mean square of 1; 0 for tokens of zeros."""
-    power = np.square(x).mean(axis=-1, keepdims=True)
+    power = (np.einsum("...k,...k->...", x, x) / x.shape[-1])[..., np.newaxis]
     return np.where(power > 0, 1 / np.sqrt(np.maximum(power, 1e-30)), 0).astype(x.dtype)
 
 
