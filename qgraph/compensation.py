@@ -16,7 +16,7 @@ from qgraph.weights import Quantized
 
 Float = NDArray[np.floating[Any]]
 
-ROWS = 4096
+ROWS = 2048
 """About so many tokens enter the Gram matrices at a time."""
 STRIP = 32
 """Rows of weights whose errors reach all later rows together, in one product of matrices."""
@@ -85,7 +85,7 @@ def problem(gram: Float, cross: Float, damping: float, act_order: bool) -> Probl
         return None
     order = np.argsort(-power, kind="stable") if act_order else np.arange(len(power))
     root, damping = inverse_root(gram[np.ix_(order, order)], damping)
-    shift = correction(gram, cross, CORRECTION_DAMPING)
+    shift = correction(gram, cross.astype(np.float32), CORRECTION_DAMPING)
     costs = np.empty(len(power))
     costs[order] = 1 / np.square(root.diagonal())
     matrices = [a.astype(np.float32) for a in (gram, shift, root, costs / costs.mean())]
@@ -220,11 +220,11 @@ def gram_matrices(
     gram, cross = np.zeros((k, k)), np.zeros((k, k))
     for x, other in _batches(meant, seen, masks):
         even = unit_power(x)
-        x -= other
         x *= even
         other *= even
-        gram += other.T @ other
-        cross += other.T @ x
+        own = other.T @ other
+        gram += own
+        cross += other.T @ x - own
     return gram, cross
 
 
@@ -289,14 +289,15 @@ def correction(gram: Float, cross: Float, damping: float) -> Float:
     """How weights must move so that x'(W + SW) is nearest to xW, for data x' in place of x.
 
     Args:
-        gram, cross: x'ᵀx' and x'ᵀ(x - x'), see :func:`gram_matrices`.
+        gram, cross: x'ᵀx' and x'ᵀ(x - x'), see :func:`gram_matrices`. `cross` may be float32, and
+            halves the time then.
         damping: weight of staying where they are, in units of the mean diagonal of `gram`.
 
     Returns:
         S = (x'ᵀx' + damping · I)⁻¹ x'ᵀ(x - x'), (K, K).
     """
-    ridge = damping * gram.diagonal().mean() * np.eye(len(gram))
-    return np.linalg.solve(gram + ridge, cross)
+    root = inverse_root(gram, damping)[0].astype(cross.dtype)
+    return root.T @ (root @ cross)
 
 
 def gptq(w: Float, steps: Float, zeros: Float, root: Float, low: int, high: int) -> Float:
