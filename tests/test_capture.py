@@ -1,4 +1,4 @@
-"""Tokens are picked in the graph: the first of each feed, evenly spread, a bounded few."""
+"""Tokens are picked: the first of each feed, evenly spread, a bounded few."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qgraph import capture
+from qgraph import pieces
 from qgraph.capture import FEEDS, captured
 from qgraph.context import Context, Feed
-from qgraph.errors import CalibrationError, PipelineError
+from qgraph.errors import CalibrationError
 from qgraph.feeds import open_calibration
 from qgraph.session import open_session
 from qgraph.text import to_text
@@ -40,10 +40,9 @@ def picked(
     names: Iterable[str],
     feeds: Iterable[Feed],
     rows: int = 512,
-    max_memory: int | None = None,
 ) -> dict[str, np.ndarray]:
     """What is captured, by name."""
-    context = Context(ONNX, feeds, max_memory=max_memory)
+    context = Context(ONNX, feeds)
     found = captured(model, values(model, *names), context, rows)
     return {str(value.name): tokens for value, tokens in found}
 
@@ -130,52 +129,29 @@ def test_a_language_model_gets_its_cache() -> None:
     np.testing.assert_allclose(tokens, np.exp(table[1:4]), rtol=1e-6)
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- piece by piece -------------------------------------------------------------------------------
 
 
-def sessions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Fills with the number of outputs of each session that is opened."""
+def test_no_session_holds_more_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, feeds = transformer_block(), block_feeds(2)
     opened: list[int] = []
 
-    def counting(model: ir.Model, **options: bool) -> object:
-        opened.append(len(model.graph.outputs))
-        return open_session(model, **options)
+    def counting(part: ir.Model) -> object:
+        opened.append(len(part.graph))
+        return open_session(part)
 
-    monkeypatch.setattr(capture, "open_session", counting)
-    return opened
-
-
-def test_one_run_where_everything_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = sessions(monkeypatch)
-    picked(transformer_block(), ["n1", "n2", "gated"], block_feeds(2))
-    assert opened == [3]
+    monkeypatch.setattr(pieces, "open_session", counting)
+    picked(model, ["n1", "q", "n2", "gated"], feeds)
+    assert len(opened) == 4
+    assert sum(opened) < len(model.graph)  # what follows the last value is not run at all
 
 
-def test_several_runs_stay_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, feeds, names = transformer_block(), block_feeds(2), ["n1", "q", "n2", "gated"]
-    wanted = picked(model, names, feeds)
-    opened = sessions(monkeypatch)
-    row = 4 * 16 * 512  # bytes of one value of 16 channels
-    found = picked(model, names, feeds, max_memory=4 * 2 * row)
-    assert opened == [2, 1, 1]  # `gated` has 32 channels
-    for name in names:
-        np.testing.assert_array_equal(found[name], wanted[name])
-
-
-def test_a_value_larger_than_the_bound_is_captured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = sessions(monkeypatch)
-    monkeypatch.setattr(capture, "BYTES", 1)
-    assert len(picked(transformer_block(), ["n1", "n2"], block_feeds(1))) == 2
-    assert opened == [1, 1]
-
-
-def test_the_model_may_be_rewritten_between_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "BYTES", 1)
+def test_the_model_may_be_rewritten_between_values() -> None:
     model, feeds = mlp((4, 6, 3)), [{"x": np.ones((2, 4), np.float32)}]
     wanted = whole(model, "h0", feeds[0])
     stream = captured(model, values(model, "x", "h0"), Context(ONNX, feeds))
     next(stream)
-    model.graph.initializers["w1"].const_value = weight("w1", 6, 3, seed=7)
+    model.graph.initializers["w0"].const_value = weight("w0", 4, 6, seed=7)
     value, tokens = next(stream)
     assert value.name == "h0"
     np.testing.assert_array_equal(tokens, wanted)
@@ -198,10 +174,3 @@ def test_data_that_can_be_read_only_once() -> None:
     assert len(list(feeds)) == 1
     with pytest.raises(CalibrationError, match="generator that one pass has used up"):
         picked(model, ["x"], feeds)
-
-
-def test_old_opsets() -> None:
-    model = mlp((4, 2))
-    model.opset_imports[""] = 9
-    with pytest.raises(PipelineError, match="from opset 10 on: run convert-opset first"):
-        picked(model, ["x"], [feed(model)])
