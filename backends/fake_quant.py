@@ -41,22 +41,23 @@ class _LearnedStep(Function):
         ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, share: float
     ) -> Tensor:
         steps = x.float() / scale
-        low, high = qmin - zero, qmax - zero
-        rounded = steps.round().clamp(low, high)
+        low, high = (qmin - zero).float(), (qmax - zero).float()
         ctx.save_for_backward(steps, scale, low, high)
         ctx.share = share
-        return (rounded * scale).to(x.dtype)
+        return steps.round().clamp_(low, high).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         steps, scale, low, high = ctx.saved_tensors
-        inside = (steps >= low) & (steps <= high)
-        of_x = gradient * inside
+        # In place where it can be: for images, this is a third of the time that training takes.
+        clipped = steps.clamp(low, high)
+        inside = (clipped == steps).float()
+        of_x = (gradient * inside).to(gradient.dtype)
         if not ctx.needs_input_grad[1]:
             return of_x, None, None, None, None, None
-        slope = steps.round().clamp(low, high) - steps * inside
-        of_scale = (gradient * slope).sum_to_size(scale.shape) * ctx.share
+        slope = clipped.round_().addcmul_(steps, inside, value=-1).mul_(gradient)
+        of_scale = slope.sum_to_size(scale.shape) * ctx.share
         return of_x, of_scale.to(scale.dtype), None, None, None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -14,6 +15,9 @@ from qgraph.context import Context
 from qgraph.graph import is_op
 from qgraph.spec import PerBlock, PerTensor, QuantSpec
 from qgraph.target import Verdict
+
+if TYPE_CHECKING:
+    import torch
 
 GLUE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", *MOVES)
 
@@ -58,3 +62,8 @@ class OnnxTarget:
         changed |= lower_products(model, "standard")
         changed |= shield_float(model)
         return inline_functions(model) or changed
+
+    def differentiable(self, model: ir.Model) -> torch.nn.Module:
+        from qgraph.backends.torch_fx import raise_model
+
+        return raise_model(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from operator import attrgetter, getitem
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from qgraph.analysis import Site, lowest_value, nested, site_of
 from qgraph.annotation import IN, MOVES, SCALE, SPEC, annotated, retract, static_spec
+from qgraph.backends.match_channels import Floats, MatchChannels, layers
 from qgraph.backends.onnx import OnnxTarget
 from qgraph.backends.quantizers import (
     DataQuantizer,
@@ -98,6 +100,37 @@ class QuantizedModule(nn.Module):
             self.observed += 1
             self.model(**{name: torch.as_tensor(a).to(device) for name, a in feed.items()})
         self.freeze()
+
+    @torch.no_grad()
+    def match_channels(self, *inputs: Any, **named: Any) -> list[str]:
+        """Correct each layer's output channels towards the float model's, by gain and offset.
+
+        For models that collapse when they are rounded, after `calibrate` and before training: it
+        costs one run of each model. Gains go into scales, offsets into biases, layer after layer.
+
+        Args:
+            inputs, named: one typical batch, as large as memory allows: the outputs that all
+                layers of the float model have for it are held at once.
+
+        Returns:
+            names of the layers that were corrected: those with a bias, and a scale for each channel
+            of their own.
+
+        Raises:
+            QGraphError: no scales were chosen yet.
+        """
+        if not self.frozen:
+            raise QGraphError("scales are not chosen yet: calibrate before match_channels")
+        names = list(layers(self.model))
+        floats = Floats(self.teacher, set(names))  # type: ignore[arg-type]
+        floats.run(*self._ordered(inputs, named))
+        self._phase.mode = Mode.QUANTIZE
+        MatchChannels(self.model, floats.found).run(*self._ordered(inputs, named))
+        return names
+
+    def _ordered(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+        """The inputs as `fx.Interpreter` takes them."""
+        return list(inspect.signature(self.model.forward).bind(*inputs, **named).arguments.values())
 
     @torch.no_grad()
     def freeze(self) -> None:

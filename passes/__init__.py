@@ -4,7 +4,9 @@ if __name__ != "qgraph.passes":
     raise ImportError("import this package as qgraph.passes")
 
 from qgraph.pass_manager import Pass
+from qgraph.passes.adaround import AdaRound
 from qgraph.passes.annotate import Annotate
+from qgraph.passes.autoround import AutoRound
 from qgraph.passes.awq import AWQ
 from qgraph.passes.balance_tables import BalanceTables
 from qgraph.passes.bias_correction import BiasCorrection
@@ -30,7 +32,9 @@ from qgraph.passes.split_outliers import SplitOutliers
 from qgraph.passes.use_bnb4 import UseBnb4
 
 ALL: tuple[type[Pass], ...] = (
+    AdaRound,
     Annotate,
+    AutoRound,
     AWQ,
     BalanceTables,
     BiasCorrection,

@@ -26,12 +26,14 @@ class Piece:
         inputs: values it reads that are computed before it, or fed.
         outputs: values it computes that later pieces read, and `stop` if that is one of them.
         spent: values that no later piece reads.
+        nodes: what it runs, in no order.
     """
 
     stop: ir.Value
     inputs: tuple[ir.Value, ...]
     outputs: tuple[ir.Value, ...]
     spent: tuple[ir.Value, ...]
+    nodes: frozenset[ir.Node] = frozenset()
 
 
 def cut(model: ir.Model, stops: Sequence[ir.Value]) -> list[Piece]:
@@ -51,6 +53,7 @@ def cut(model: ir.Model, stops: Sequence[ir.Value]) -> list[Piece]:
     captured = analyze_implicit_usage(model.graph)
     changing = _changing(model.graph, captured)
     owner: dict[ir.Node, int] = {}
+    owned: list[set[ir.Node]] = [set() for _ in stops]
     reads: list[dict[ir.Value, None]] = []
     last: dict[ir.Value, int] = {}
     for index, stop in enumerate(stops):
@@ -60,7 +63,8 @@ def cut(model: ir.Model, stops: Sequence[ir.Value]) -> list[Piece]:
             if node is None or node in owner:
                 continue
             owner[node] = index
-            needed = [v for v in _inputs(node, captured) if v in changing]
+            owned[index].add(node)
+            needed = [v for v in inputs_of(node, captured) if v in changing]
             read |= dict.fromkeys(needed)
             stack += needed
         reads.append(read)
@@ -75,11 +79,12 @@ def cut(model: ir.Model, stops: Sequence[ir.Value]) -> list[Piece]:
         outputs = [v for v in last if made(v) == index and (last[v] > index or v is stop)]
         spent = [v for v in last if last[v] == index and (made(v) < index or v is stop)]
         inputs = [v for v in read if made(v) < index]
-        pieces.append(Piece(stop, tuple(inputs), tuple(outputs), tuple(spent)))
+        bounds = tuple(inputs), tuple(outputs), tuple(spent)
+        pieces.append(Piece(stop, *bounds, frozenset(owned[index])))
     return pieces
 
 
-def _inputs(node: ir.Node, captured: Captured) -> list[ir.Value]:
+def inputs_of(node: ir.Node, captured: Captured) -> list[ir.Value]:
     """What a node reads, the bodies of control flow in it included."""
     found = [value for value in node.inputs if value is not None]
     for attribute in node.attributes.values():
@@ -94,7 +99,7 @@ def _changing(graph: ir.Graph, captured: Captured) -> set[ir.Value]:
     """The values that depend on what is fed."""
     found = {value for value in graph.inputs if not value.is_initializer()}
     for node in graph:
-        if any(value in found for value in _inputs(node, captured)):
+        if any(value in found for value in inputs_of(node, captured)):
             found.update(node.outputs)
     return found
 
@@ -161,7 +166,7 @@ class Walk:
             self.carried[int(index)][name] = data
 
     def _run(self, piece: Piece) -> None:
-        session = open_session(self._extracted(piece))
+        session = open_session(self.extracted(piece))
         reads, writes = ([str(v.name) for v in part] for part in (piece.inputs, piece.outputs))
         gone = {str(v.name) for v in piece.spent if v is not piece.stop}
         for index, values in enumerate(self.carried):
@@ -176,10 +181,17 @@ class Walk:
                 values.pop(name, None)
             values.update(zip(writes, results, strict=True))
 
-    def _extracted(self, piece: Piece) -> ir.Model:
-        """The piece as a model of its own."""
-        graph = ir.convenience.extract(self.model.graph, piece.inputs, piece.outputs)
-        for value in graph.inputs:  # exporters need not say what type a value in the middle has
+    def extracted(self, piece: Piece, weights: Sequence[ir.Value] = ()) -> ir.Model:
+        """The piece as a model of its own.
+
+        Args:
+            weights: constants that become inputs, behind the others.
+        """
+        graph = ir.convenience.extract(self.model.graph, [*piece.inputs, *weights], piece.outputs)
+        for value in weights:
+            graph.initializers.pop(str(value.name), None)
+        for value in graph.inputs[: len(piece.inputs)]:
+            # Exporters need not say what type a value in the middle has.
             dtype = self.carried[0][str(value.name)].dtype
             value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
         part = ir.Model(graph, ir_version=self.model.ir_version)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from qgraph.numerics import sqnr_db
-from qgraph.recipes import rtn
+from qgraph.recipes import Recipe, awq, gptq, hqq, rtn
 from tests.models import build, ops, outputs, weight
 from tests.pipelines import ONNX, Shipped, apply, body, both, golden
 
@@ -74,6 +76,17 @@ def test_a_product_with_a_padded_block() -> None:
     assert sqnr_db(wanted, both(model, FEED)[0]) > 15
     held = [v.const_value for v in model.graph.initializers.values()]
     assert sum(t.nbytes for t in held if t) < 1.3 * 1024 * 96 / 2  # stored once
+
+
+@pytest.mark.parametrize("recipe", [awq, gptq, hqq])
+def test_other_methods_leave_a_tied_table_to_rounding(recipe: Callable[..., Recipe]) -> None:
+    model = tied()
+    wanted = outputs(model, FEED)[0]
+    passes = recipe(group_size=32, embedding_bits=4, symmetric=True).passes
+    apply(model, passes, [FEED], target=VNNI)
+    factors = ["Mul"] if recipe is awq else []  # scaled with the product, and back at the lookup
+    assert ops(model) == ["Reshape", "GatherBlockQuantized", *factors, "MatMulNBits"]
+    assert sqnr_db(wanted, both(model, FEED)[0]) > 15
 
 
 def test_other_bits_are_stored_apart() -> None:

@@ -65,7 +65,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (),  # every module that no other layer names
     ("pass_manager", "target"),
     ("passes",),
-    ("recipes", "pipeline"),
+    ("recipe", "recipes_8bit", "recipes_4bit", "recipes", "pipeline"),
     ("backends",),
     ("bench", "compiled", "inspection", "progress", "report", "shell", "tracing"),
     ("api",),

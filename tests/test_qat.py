@@ -17,16 +17,17 @@ from torch import fx, nn
 
 import qgraph
 from qgraph.annotation import IN
+from qgraph.backends.match_channels import regression
 from qgraph.backends.qat import QuantizedModule, prepare
 from qgraph.backends.quantizers import DataQuantizer, WeightQuantizer
 from qgraph.backends.torch_fx import VALUE
 from qgraph.cli import main
 from qgraph.errors import ModelError, QGraphError
 from qgraph.numerics import quantize
-from qgraph.passes.annotate import Rule
+from qgraph.passes.annotate import WEIGHT, Rule
 from qgraph.recipes import Recipe, qat
 from qgraph.session import open_session, run
-from qgraph.spec import PerBlock
+from qgraph.spec import PerBlock, PerTensor, QuantSpec
 from tests.models import (
     build,
     feed,
@@ -106,8 +107,12 @@ def committed_integers(
     return dict(zip(chosen, results[count:], strict=True))
 
 
-def check_exact(module: QuantizedModule, given: dict[str, np.ndarray]) -> None:
-    """All integers agree; floats are added in another order, so that ties can differ by a step."""
+def check_exact(module: QuantizedModule, given: dict[str, np.ndarray], most: float = 0.002) -> None:
+    """All integers agree; floats are added in another order, so that ties can differ by a step.
+
+    Args:
+        most: share of a value's integers that may: each tie reaches the sums of the next layer.
+    """
     ours = integers(module, given)
     for optimized in (False, True):
         theirs = committed_integers(module, given, optimized)
@@ -115,7 +120,7 @@ def check_exact(module: QuantizedModule, given: dict[str, np.ndarray]) -> None:
         for name, q in theirs.items():
             steps = np.abs(q.astype(np.int64) - ours[name])
             assert steps.max(initial=0) <= 1, (name, optimized)
-            assert (steps != 0).mean() <= 0.002, (name, optimized, steps.mean())
+            assert (steps != 0).mean() <= most, (name, optimized, steps.mean())
 
 
 def check_outputs(
@@ -253,6 +258,22 @@ def test_rules_keep_sites_float() -> None:
     assert module.remarks.verdicts()["m0"].kind == "float"
 
 
+def test_first_and_last_layers_at_eight_bits() -> None:
+    """As in docs/quantization-aware-training.md; a layer's output has the bits of its data."""
+    data = QuantSpec(ir.DataType.UINT8, PerTensor(), symmetric=False, observer="mse")
+    ends = [Rule(("conv", "gemm"), WEIGHT, (data,), layers=name) for name in ("c1", "y")]
+    module = prepared(small_convnet(), bits=2, act_bits=4, rules=ends)
+    quantizers = module.model.get_submodule("quantizers").named_children()
+    widths = {
+        name: m.spec.width for name, m in quantizers
+        if isinstance(m, DataQuantizer | WeightQuantizer)
+    }  # fmt: skip
+    assert widths == {
+        "x": 8, "c1_weight": 7, "r1": 8, "c2_weight": 2, "c2": 4, "r2": 4, "pool": 4, "y_weight": 7
+    }  # fmt: skip
+    check_exact(module, feed(small_convnet(), 7))
+
+
 def test_eight_bits_are_seven_where_products_are_added_in_pairs() -> None:
     module = prepare(mlp(), qat(bits=8))
     assert {m.spec.width for m in module.modules() if isinstance(m, WeightQuantizer)} == {7}
@@ -378,6 +399,53 @@ def test_distillation_needs_no_labels() -> None:
     assert not any("teacher" in key for key in module.state_dict())
     softer = module.distillation_loss(torch.randn(4, 16), temperature=2.0)
     assert softer.requires_grad
+
+
+# --- channels corrected before training -----------------------------------------------------------
+
+
+@given(st.integers(0, 100), st.floats(0.6, 1.8), st.floats(-3, 3))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_regression_finds_gain_and_offset(seed: int, gain: float, offset: float) -> None:
+    noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((2, 8, 3, 5, 5)))
+    y, wanted = noise[0], gain * noise[0] + offset + 0.1 * noise[1]
+    for c, (a, b) in enumerate(zip(*regression(y, wanted), strict=True)):
+        best = np.polyfit(y[:, c].flatten(), wanted[:, c].flatten(), 1)
+        np.testing.assert_allclose([a, b], best, rtol=1e-6, atol=1e-9)
+
+
+def test_regression_on_what_says_nothing() -> None:
+    y = torch.stack([torch.zeros(4), torch.ones(4), torch.linspace(0, 1, 4)], 1)
+    wanted = torch.stack([torch.full((4,), 3.0), torch.zeros(4), 9 * y[:, 2]], 1)
+    gain, offset = regression(y, wanted)
+    torch.testing.assert_close(gain, torch.tensor([1.0, 1.0, 2.0]))
+    torch.testing.assert_close(offset, torch.tensor([3.0, -1.0, 3.5]))
+
+
+def test_matched_channels_are_nearer_to_float() -> None:
+    model = small_convnet(channels=32)
+    module = prepare(model, qat(bits=2))
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((64, 3, 12, 12))).float()
+    with pytest.raises(QGraphError, match="calibrate before match_channels"):
+        module.match_channels(x)
+    module.calibrate([x.numpy()])
+    before = module.eval().distillation_loss(x).item()
+    assert module.match_channels(x=x) == ["c1", "c2", "y"]
+    assert module.distillation_loss(x).item() < 0.1 * before
+    check_exact(module, feed(model, 7), most=0.005)  # two ties in r1 reach 0.4 % of c2
+
+
+def test_shared_weights_are_not_matched() -> None:
+    model = build(
+        """g (float[N,4] x) => (float[N,4] y, float[N,4] z) {
+          y = Gemm (x, w, b)
+          z = Gemm (y, w, c)
+        }""",
+        weight("w", 4, 4), weight("b", 4), weight("c", 4),
+    )  # fmt: skip
+    module = prepare(model, qat(bits=2))
+    module.calibrate([feed(model)])
+    assert module.match_channels(torch.ones(2, 4)) == []
 
 
 # --- from and to torch ----------------------------------------------------------------------------
@@ -536,7 +604,9 @@ def test_the_example_wins_back_what_rounding_loses() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "most"), [("digits W2A8", 0.025), ("digits W3A4", 0.02)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("digits W2A8", 0.025), ("digits W3A4", 0.02), ("digits W2A8, ONNX", 0.025)]
+)
 def test_digits_at_few_bits(name: str, most: float) -> None:
     """The benchmark's bars are 0.015 and 0.01; a digit of the 1,000 is 0.001."""
     from benchmarks.qat import CASES, measure

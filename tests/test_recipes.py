@@ -13,7 +13,9 @@ from qgraph.errors import PipelineError, QGraphError
 from qgraph.graph import constant
 from qgraph.numerics import sqnr_db
 from qgraph.pass_manager import PassManager, Stage
+from qgraph.passes.adaround import AdaRound
 from qgraph.passes.annotate import Annotate, Rule
+from qgraph.passes.autoround import AutoRound
 from qgraph.passes.awq import AWQ
 from qgraph.passes.bias_correction import BiasCorrection
 from qgraph.passes.calibrate import Calibrate
@@ -39,11 +41,14 @@ def test_every_recipe_is_a_sound_pipeline(name: str) -> None:
     assert recipe.name == name
     PassManager(recipe.passes)
     assert isinstance(recipe.passes[-1], Lower)
-    reads_data = any(isinstance(step, AWQ | Calibrate | GPTQ) for step in recipe.passes)
+    readers = AdaRound | AutoRound | AWQ | Calibrate | GPTQ
+    reads_data = any(isinstance(step, readers) for step in recipe.passes)
     assert recipe.calibrates is reads_data
 
 
-RULED = ("awq", "checkpoint", "fp4", "fp8", "gptq", "hqq", "nf4", "rtn")
+RULED = (
+    "adaround", "autoround", "awq", "checkpoint", "fp4", "fp8", "gptq", "hqq", "nf4", "rtn",
+)  # fmt: skip
 """Recipes that are a rule and little else."""
 
 

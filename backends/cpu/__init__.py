@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +26,9 @@ from qgraph.errors import QGraphError
 from qgraph.graph import attribute, dims, is_op
 from qgraph.spec import FLOAT8, PerBlock, PerToken, QuantSpec
 from qgraph.target import Verdict
+
+if TYPE_CHECKING:
+    import torch
 
 GLUE = (
     "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", *MOVES,
@@ -201,6 +205,11 @@ class CpuTarget:
         if self._apart_is_faster("rms-norm", context):
             changed |= part_rms_norms(model)
         return inline_functions(model) or changed
+
+    def differentiable(self, model: ir.Model) -> torch.nn.Module:
+        from qgraph.backends.torch_fx import raise_model
+
+        return raise_model(model)
 
 
 def _mean(speedups: np.ndarray) -> float:

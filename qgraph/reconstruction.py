@@ -1,0 +1,235 @@
+"""Weights learned block by block, so that each block gives what it gives in the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph.analysis import FLOATS, Site, nested, site_of
+from qgraph.annotation import IN, annotated
+from qgraph.block_scales import fixed_scales
+from qgraph.context import Context, Feed, Kind
+from qgraph.errors import CalibrationError, ModelError
+from qgraph.graph import array, release, remove_dead
+from qgraph.pieces import Piece, Walk
+from qgraph.spec import FLOAT8, PerBlock, QuantSpec
+from qgraph.weights import Quantized, quantize_site, replace_weight
+
+if TYPE_CHECKING:
+    from qgraph.raised_block import Block
+
+MASK = "attention_mask"
+"""The input that tells tokens from padding, if a model has one."""
+
+
+class Method(Protocol):
+    """How the weights of a block are learned: what passes have of their own."""
+
+    @property
+    def name(self) -> str: ...
+
+    def start(self, w: NDArray[Any], nearest: Quantized, spec: QuantSpec) -> Any:
+        """A :class:`qgraph.learned_rounding.Rounding` of the float weight `w`."""
+        ...
+
+    def learn(self, block: Block, weights: Sequence[Any], plain: float, seed: int) -> None:
+        """Learn what :meth:`start` gave for each weight; `plain` is the loss of `nearest`."""
+        ...
+
+
+def learnable(
+    model: ir.Model, pass_name: str, context: Context, *, scales: bool = False
+) -> list[Site]:
+    """The products and convolutions whose weights can be learned; remarks about the others.
+
+    Args:
+        scales: these are learned, too.
+
+    Raises:
+        QGraphError: torch is missing.
+    """
+    import qgraph.raised_block  # noqa: F401  says what to install where torch is missing
+
+    found = []
+    for node, specs in annotated(model):
+        site = site_of(node)
+        kinds = ("matmul", "gemm", "conv", "conv_transpose")
+        if site is None or site.kind not in kinds or site.w_index not in specs:
+            continue
+        why = _unfit(model, site, specs, context)
+        if why is None and scales:
+            why = fixed_scales(specs[site.w_index], specs.get(site.x_index))
+        if why is not None:
+            message = f"rounded to nearest: {why}"
+            context.remark("declined", pass_name, site.name, node.op_type, message)
+        else:
+            found.append(site)
+    return found
+
+
+def _unfit(
+    model: ir.Model, site: Site, specs: Mapping[int, QuantSpec], context: Context
+) -> str | None:
+    data, weight = specs.get(site.x_index), specs[site.w_index]
+    if nested(model, site.node):
+        return "it sits where no calibration data can be looked at"
+    if len(site.weight.uses()) > 1:
+        return "others read its weight too"
+    if site.x.dtype == ir.DataType.BFLOAT16:
+        return "its data is bfloat16, which numpy does not know"
+    if weight.codebook or weight.dtype in FLOAT8:
+        return "its weight does not become integers at even distances"
+    columns = data is not None and not isinstance(data.granularity, PerBlock)
+    if context.target.saturates and weight.width == 8 and columns:
+        return "its kernel adds pairs of products in 16 bits, and these fit"
+    return None
+
+
+def reconstruct(
+    model: ir.Model,
+    sites: Sequence[Site],
+    cuts: Sequence[ir.Value],
+    context: Context,
+    method: Method,
+) -> None:
+    """Learn the weights of `sites`, block by block between `cuts`, and give them their integers.
+
+    Blocks come in the order of the graph. Each sees what the rounded blocks before it make of the
+    calibration data, and is to give what the float model gives for float data. Where rounding to
+    nearest serves it better, its sites keep that.
+
+    Raises:
+        CalibrationError: there is no calibration data, or it is not finite.
+    """
+    feeds = list(context.calibration or ())
+    if not feeds:
+        raise CalibrationError("this needs calibration data: give some typical inputs")
+    stops = [str(value.name) for value in cuts]
+    float_walk, walk = Walk(model.clone(), stops, feeds), Walk(model, stops, feeds)
+    masks = [feed.get(MASK) for feed in feeds]
+    title = f"learning to round ({method.name})"
+    for piece in context.progress(walk.pieces, title, len(stops)):
+        wanted = _outputs(float_walk)
+        if inside := [site for site in sites if site.node in piece.nodes]:
+            block = _raised(piece, inside, walk, wanted, masks, context)
+            _settle(model, inside, block, context, method)
+            del block
+        walk.advance()
+    remove_dead(model)
+
+
+def _outputs(walk: Walk) -> list[Feed]:
+    """What the next piece of the walk gives for each feed, by name."""
+    stop = str(walk.pieces[walk.at].stop.name)
+    found = walk.advance()
+    return [{**carried, stop: data} for carried, data in zip(walk.carried, found, strict=True)]
+
+
+def _raised(
+    piece: Piece,
+    sites: Sequence[Site],
+    walk: Walk,
+    wanted: Sequence[Feed],
+    masks: Sequence[NDArray[Any] | None],
+    context: Context,
+) -> Block | str:
+    """The next piece as a block, or why it cannot be one."""
+    from qgraph.raised_block import Block
+
+    try:
+        module = context.target.differentiable(
+            walk.extracted(piece, [site.weight for site in sites])
+        )
+    except ModelError as error:
+        return str(error)
+    reads = [str(value.name) for value in piece.inputs]
+    reached = _reached(piece, sites)
+    writes = [str(value.name) if value in reached else None for value in piece.outputs]
+    return Block(
+        module,
+        [[carried[name] for name in reads] for carried in walk.carried],
+        [[feed[name] if name else None for name in writes] for feed in wanted],
+        masks,
+        all(site.kind in ("matmul", "gemm") for site in sites),
+    )
+
+
+def _reached(piece: Piece, sites: Sequence[Site]) -> set[ir.Value]:
+    """The floats of the piece that depend on its sites."""
+    found = {value for site in sites for value in site.node.outputs}
+    stack = list(found)
+    while stack:
+        for reader in stack.pop().consumers():
+            fresh = [v for v in reader.outputs if reader in piece.nodes and v not in found]
+            found.update(fresh)
+            stack += fresh
+    return {value for value in found if value.dtype in (None, *FLOATS)}
+
+
+def _settle(
+    model: ir.Model, sites: Sequence[Site], block: Block | str, context: Context, method: Method
+) -> None:
+    """Give the sites of a block the integers that are learned, or those of rounding to nearest."""
+    nearest = [quantize_site(site, _spec(site), context.target.saturates) for site in sites]
+    if isinstance(block, str):
+        outcome = _Outcome(nearest, "declined", f"rounded to nearest: {block}")
+    else:
+        outcome = _learned(sites, nearest, block, context, method)
+    for site, weight in zip(sites, outcome.weights, strict=True):
+        replace_weight(model, site, weight, method.name)
+        context.remark(
+            outcome.kind, method.name, site.name, site.node.op_type, outcome.message,
+            **outcome.numbers,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The weights of a block, and what is to be said of each."""
+
+    weights: Sequence[Quantized]
+    kind: Kind
+    message: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def _learned(
+    sites: Sequence[Site],
+    nearest: Sequence[Quantized],
+    block: Block,
+    context: Context,
+    method: Method,
+) -> _Outcome:
+    if not block.finite:
+        raise CalibrationError(
+            f"'{sites[0].x.name}', or what follows, becomes NaN or infinite on the calibration "
+            "data: check the data, and that the float model is sound on it"
+        )
+    if not block.reached:
+        why = "calibration data never reached it"
+        return _Outcome(nearest, "declined", f"rounded to nearest: {why}")
+    weights = []
+    for site, weight in zip(sites, nearest, strict=True):
+        w = array(site.weight)
+        assert w is not None
+        weights.append(method.start(w, weight, _spec(site)))
+        release(site.weight)
+    plain = block.error(nearest)
+    if plain:
+        method.learn(block, weights, plain, context.seed)
+    learned = [weight.integers() for weight in weights]
+    noise = block.error(learned)
+    numbers = {"noise": noise, "nearest": plain}
+    if noise < plain:
+        return _Outcome(learned, "applied", "rounding learned", numbers)
+    why = "that serves the calibration data as well"
+    return _Outcome(nearest, "declined", f"rounded to nearest: {why}", numbers)
+
+
+def _spec(site: Site) -> QuantSpec:
+    spec: QuantSpec = site.node.meta[IN][site.w_index]
+    return spec
