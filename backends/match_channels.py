@@ -33,7 +33,7 @@ def regression(y: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Floats(fx.Interpreter):
-    """Runs the float model and keeps what these nodes put out, in `found`."""
+    """Runs a model and keeps what these nodes put out, in `found`."""
 
     def __init__(self, module: fx.GraphModule, nodes: set[str]) -> None:
         super().__init__(module)

@@ -73,13 +73,16 @@ class QuantizedModule(nn.Module):
         self._teacher: list[nn.Module] = []
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
+        self._next_phase()
+        return self.model(*inputs, **named)
+
+    def _next_phase(self) -> None:
         if not self.frozen and self.training and 0 < self.observe <= int(self.observed):
             self.freeze()
         observes = self.training and not self.frozen
         if observes:
             self.observed += 1
         self._phase.mode = Mode.QUANTIZE if self.frozen else Mode.OBSERVE if observes else Mode.PASS
-        return self.model(*inputs, **named)
 
     @torch.no_grad()
     def calibrate(self, batches: Any, samples: int | None = None) -> None:
@@ -171,19 +174,31 @@ class QuantizedModule(nn.Module):
             self._teacher.append(teacher.requires_grad_(False))
         return self._teacher[0]
 
-    def distillation_loss(self, *inputs: Any, temperature: float = 0.0, **named: Any) -> Tensor:
+    def distillation_loss(
+        self, *inputs: Any, temperature: float = 0.0, features: float = 0.0, **named: Any
+    ) -> Tensor:
         """How far the outputs for these inputs are from the teacher's: needs no labels.
 
         Args:
             temperature: 0: squared error over the teacher's mean square, the mean over outputs.
                 Above: outputs are logits along the last axis, and the loss is the Kullback-Leibler
                 divergence of both at this temperature (Hinton et al. 2015), times its square.
+            features: weight of the same for what each layer with weights puts out, by squared
+                error. With it, few images are enough, for each of them says much more.
         """
+        names = {name for name, *_ in self._weights()} if features else set()
+        teacher, student = (Floats(m, names) for m in (self.teacher, self.model))  # type: ignore[arg-type]
+        ordered = self._ordered(inputs, named)
         with torch.no_grad():
-            wanted = _floats(self.teacher(*inputs, **named))
-        given = _floats(self(*inputs, **named))
+            wanted = _floats(teacher.run(*ordered))
+        self._next_phase()
+        given = _floats(student.run(*ordered))
         losses = [_distance(y, t, temperature) for y, t in zip(given, wanted, strict=True)]
-        return torch.stack(losses).mean()
+        loss = torch.stack(losses).mean()
+        if not features:
+            return loss
+        inside = [_distance(student.found[name], teacher.found[name], 0.0) for name in names]
+        return loss + features * torch.stack(inside).mean()
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         for teacher in self._teacher:

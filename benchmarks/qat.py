@@ -126,9 +126,13 @@ CASES = {
     "digits W3A4": Case(digit_module, digits, 3, 4, True, 750, 64, 2e-3),
     "digits W2A8, ONNX": Case(digit_onnx, digits, 2, 8, True, 750, 64, 2e-3),
     "EfficientNet-lite0 W4A8": Case(
-        lambda _: zoo.efficientnet_lite0_onnx(), stamps, 4, 8, False, 120, 8, 1e-2
+        lambda _: zoo.efficientnet_lite0_onnx(), stamps, 4, 8, False, 160, 16, 3e-3
     ),
 }
+
+
+FEATURES = 100.0
+"""What the outputs of layers count beside the logits, where there are no labels."""
 
 
 def in_proportion(module: nn.Module, rate: float) -> list[dict[str, Any]]:
@@ -198,10 +202,14 @@ def measure(name: str, case: Case, seed: int) -> dict[str, str | float | int | N
     qmodel.match_channels(learn[0][:: max(1, len(learn[0]) // 32)])
     found["matched"] = scores(qmodel, images)
     supervised: Loss = lambda x, y: cross_entropy(qmodel(x), y)  # noqa: E731
-    distilled: Loss = lambda x, _: qmodel.distillation_loss(x, temperature=1.0)  # noqa: E731
+    distilled: Loss = lambda x, _: qmodel.distillation_loss(  # noqa: E731
+        x, temperature=1.0, features=FEATURES
+    )
     loss = supervised if case.labels else distilled
     parameters = None if case.labels else in_proportion(qmodel, case.rate)
     train(qmodel, learn, loss, case.steps, case.batch, case.rate, seed, parameters)
+    if not case.labels:
+        qmodel.match_channels(learn[0][:: max(1, len(learn[0]) // 32)])
     seconds = time.perf_counter() - start
     found["trained"] = scores(qmodel, images)
     found["compiled"] = scores(qgraph.compile(qmodel, target="onnx"), images)

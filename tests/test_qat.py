@@ -401,6 +401,15 @@ def test_distillation_needs_no_labels() -> None:
     assert softer.requires_grad
 
 
+def test_distillation_of_what_layers_put_out() -> None:
+    module = prepare(mlp((16, 32, 8)), qat(bits=2), observe=1)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    assert module.train().distillation_loss(x, features=1.0).item() < 1e-9  # observed: exact
+    plain, one, two = (module.distillation_loss(x, features=w) for w in (0.0, 1.0, 2.0))
+    torch.testing.assert_close(one - plain, two - one)
+    assert one - plain > plain / 2  # the mean over both layers; the last one's is the output
+
+
 # --- channels corrected before training -----------------------------------------------------------
 
 
