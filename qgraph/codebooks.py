@@ -42,7 +42,7 @@ of exponent, one of mantissa; the second 0 is never written."""
 
 SCALES_PER_BLOCK = 256
 """Scales that share a scale in double quantization."""
-FACTORS = (1.0, 0.94, 0.88, 0.82, -1.0, -0.94, -0.88, -0.82)
+FACTORS = (1.0, 0.96, 0.92, -1.0, -0.96, -0.92)
 """Where a block's scale is sought for the least squared error, in units of its largest magnitude:
 clipped peaks leave finer levels, and the levels of NF4 are finer on one side of 0."""
 STEPS = np.float32(127)

@@ -21,7 +21,7 @@ pytest.importorskip("torch")
 import torch
 
 import qgraph
-from benchmarks import tasks, zoo
+from benchmarks import tasks, whisper, zoo
 from qgraph.backends.torch_fx import NODE, WEIGHTS, raise_model, write_back
 from qgraph.errors import ModelError
 from qgraph.feeds import first_feed
@@ -563,6 +563,8 @@ REAL: dict[str, tuple[Callable[[], Path], Callable[[ir.Model], Feed], float]] = 
     ),
     "magika": (zoo.magika, _first(_files), 1e-5),
     "smollm2 traced": (zoo.smollm2_traced, _random, 1e-5),
+    "whisper encoder": (zoo.whisper_encoder, _first(lambda: whisper.encoder_feeds(n=1)), 1e-4),
+    "whisper decoder": (zoo.whisper_decoder, _first(lambda: whisper.decoder_feeds(n=1)), 1e-5),
     **{
         name: (partial(zoo.silero_vad, name), _speech, 1e-5)
         for name in zoo.SILERO_MODELS
