@@ -186,18 +186,19 @@ class QuantizedModule(nn.Module):
             features: weight of the same for what each layer with weights puts out, by squared
                 error. With it, few images are enough, for each of them says much more.
         """
-        names = {name for name, *_ in self._weights()} if features else set()
+        if not features:
+            with torch.no_grad():
+                wanted = self.teacher(*inputs, **named)
+            return _distances(self(*inputs, **named), wanted, temperature)
+        names = {name for name, *_ in self._weights()}
         teacher, student = (Floats(m, names) for m in (self.teacher, self.model))  # type: ignore[arg-type]
         ordered = self._ordered(inputs, named)
         with torch.no_grad():
-            wanted = _floats(teacher.run(*ordered))
+            wanted = teacher.run(*ordered)
         self._next_phase()
-        given = _floats(student.run(*ordered))
-        losses = [_distance(y, t, temperature) for y, t in zip(given, wanted, strict=True)]
-        loss = torch.stack(losses).mean()
-        if not features:
-            return loss
-        inside = [_distance(student.found[name], teacher.found[name], 0.0) for name in names]
+        loss = _distances(student.run(*ordered), wanted, temperature)
+        # In the order of the graph: that of a set of names differs from process to process.
+        inside = [_distance(y, teacher.found[name], 0.0) for name, y in student.found.items()]
         return loss + features * torch.stack(inside).mean()
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
@@ -528,6 +529,12 @@ def _counterparts(
 def _floats(outputs: Any) -> list[Tensor]:
     found = outputs if isinstance(outputs, tuple | list) else [outputs]
     return [y for y in found if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def _distances(given: Any, wanted: Any, temperature: float) -> Tensor:
+    """The mean of :func:`_distance` over the outputs."""
+    pairs = zip(_floats(given), _floats(wanted), strict=True)
+    return torch.stack([_distance(y, t, temperature) for y, t in pairs]).mean()
 
 
 def _distance(y: Tensor, wanted: Tensor, temperature: float) -> Tensor:

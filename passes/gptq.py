@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from qgraph.analysis import Site, site_of
 from qgraph.annotation import IN, annotated, product_groups
+from qgraph.block_scales import unroundable
 from qgraph.compensation import Float, Rounded, gram_matrices, problem, round_weight
 from qgraph.context import Context, Feed
 from qgraph.errors import CalibrationError, QGraphError
@@ -21,7 +22,6 @@ from qgraph.graph import array, release, remove_dead
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.pieces import Walk
 from qgraph.resumable import Arrays, Resumable
-from qgraph.spec import FLOAT8, PerBlock, QuantSpec
 from qgraph.text import to_text
 from qgraph.weights import Quantized, quantize_site, replace_weight
 
@@ -131,7 +131,10 @@ class GPTQ(Pass):
             site = site_of(node)
             if site is None or site.kind not in ("matmul", "gemm") or site.w_index not in specs:
                 continue
-            if why := _unfit(site, node in reached, specs, context):
+            why: str | None = "it sits where no calibration data can be looked at"
+            if node in reached:
+                why = unroundable(site, specs, context)
+            if why is not None:
                 reached.discard(node)
                 message = f"rounded to nearest: {why}"
                 context.remark("declined", self.name, site.name, node.op_type, message)
@@ -182,25 +185,6 @@ class GPTQ(Pass):
         if rounded.damping > self.damping:
             message = "damping raised: the Gram matrix of its data is singular"
             context.remark("note", self.name, site.name, op, message, damping=rounded.damping)
-
-
-def _unfit(
-    site: Site, reached: bool, specs: Mapping[int, QuantSpec], context: Context
-) -> str | None:
-    """Why this product cannot be rounded here, or None."""
-    data, weight = specs.get(site.x_index), specs[site.w_index]
-    if not reached:
-        return "it sits where no calibration data can be looked at"
-    if len(site.weight.uses()) > 1:
-        return "others read its weight too"
-    if site.x.dtype == ir.DataType.BFLOAT16:
-        return "its data is bfloat16, which numpy does not know"
-    if weight.codebook or weight.dtype in FLOAT8:
-        return "its weight does not become integers at even distances"
-    columns = data is not None and not isinstance(data.granularity, PerBlock)
-    if context.target.saturates and weight.width == 8 and columns:
-        return "its kernel adds pairs of products in 16 bits, and these fit"
-    return None
 
 
 def _to_nearest(site: Site, context: Context) -> Quantized:

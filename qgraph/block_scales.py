@@ -6,7 +6,7 @@ channel has one block of K rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qgraph.analysis import Site
 from qgraph.annotation import IN
+from qgraph.context import Context
 from qgraph.graph import array, release
 from qgraph.numerics import (
     Int,
@@ -24,7 +25,7 @@ from qgraph.numerics import (
     quantize,
     scale_zero_point,
 )
-from qgraph.spec import PerAxis, PerBlock, QuantSpec
+from qgraph.spec import FLOAT8, PerAxis, PerBlock, QuantSpec
 from qgraph.weights import NUMPY, Quantized, reduction_rows
 
 Float = NDArray[np.float32]
@@ -55,6 +56,21 @@ def unsearchable(site: Site) -> str | None:
     if len(site.weight.uses()) > 1:
         return "others read its weight too, and need it as it is"
     return fixed_scales(specs[site.w_index], specs.get(site.x_index))
+
+
+def unroundable(site: Site, specs: Mapping[int, QuantSpec], context: Context) -> str | None:
+    """Why a pass cannot choose the integers of the site's weight; None if it can."""
+    data, weight = specs.get(site.x_index), specs[site.w_index]
+    if len(site.weight.uses()) > 1:
+        return "others read its weight too"
+    if site.x.dtype == ir.DataType.BFLOAT16:
+        return "its data is bfloat16, which numpy does not know"
+    if weight.codebook or weight.dtype in FLOAT8:
+        return "its weight does not become integers at even distances"
+    per_column = data is not None and not isinstance(data.granularity, PerBlock)
+    if context.target.saturates and weight.width == 8 and per_column:
+        return "its kernel adds pairs of products in 16 bits, and these fit"
+    return None
 
 
 def columns(site: Site) -> Float:

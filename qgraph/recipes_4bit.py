@@ -50,8 +50,7 @@ def rtn(
             to the last product is stored once with it.
         rules: which sites to treat otherwise.
     """
-    tables = _tables(embedding_bits, group_size, symmetric, observer)
-    steps = _weight_only(bits, group_size, symmetric, observer, (*rules, *tables))
+    steps = _weight_only(bits, group_size, symmetric, observer, rules, embedding_bits)
     return Recipe("rtn", (*FLOAT_STAGE, *steps, *commit()))
 
 
@@ -75,8 +74,7 @@ def awq(
             product that is tied to one.
         rules: which sites to treat otherwise.
     """
-    tables = _tables(embedding_bits, group_size, symmetric, "absmax")
-    annotate = _weight_only(bits, group_size, symmetric, "absmax", (*rules, *tables))
+    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules, embedding_bits)
     clipped = (ClipWeights(),) if clip else ()
     steps = (*annotate, AWQ(), *commit(*clipped))
     return Recipe("awq", (*FLOAT_STAGE, *steps), calibrates=True)
@@ -105,8 +103,7 @@ def gptq(
             product that is tied to one.
         rules: which sites to treat otherwise.
     """
-    tables = _tables(embedding_bits, group_size, symmetric, "absmax")
-    annotate = _weight_only(bits, group_size, symmetric, "absmax", (*rules, *tables))
+    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules, embedding_bits)
     steps = (*annotate, *commit(GPTQ(act_order, damping)))
     return Recipe("gptq", (*FLOAT_STAGE, *steps), calibrates=True)
 
@@ -173,8 +170,7 @@ def hqq(
             product that is tied to one.
         rules: which sites to treat otherwise.
     """
-    tables = _tables(embedding_bits, group_size, symmetric, "absmax")
-    annotate = _weight_only(bits, group_size, symmetric, "absmax", (*rules, *tables))
+    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules, embedding_bits)
     steps = (*annotate, *commit(HQQ()))
     return Recipe("hqq", (*FLOAT_STAGE, *steps))
 
@@ -297,7 +293,12 @@ def _codebook(
 
 
 def _weight_only(
-    bits: int, group_size: int, symmetric: bool, observer: WeightRange, rules: Sequence[Rule]
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    observer: WeightRange,
+    rules: Sequence[Rule],
+    embedding_bits: int = 8,
 ) -> tuple[Pass, ...]:
     """Weights of few bits for kernels that round activations in the same blocks, where there are
     such kernels, and for float activations elsewhere."""
@@ -305,7 +306,8 @@ def _weight_only(
     sizes = (group_size,) if group_size else (128, 64, 32)
     blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
     products = Rule(("matmul", "gemm"), weight, (*blocks, PER_TOKEN, None), by_speed=True)
-    return ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, products))
+    tables = _tables(embedding_bits, group_size, symmetric, observer)
+    return ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, *tables, products))
 
 
 def _weights_alone(

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from qgraph.analysis import FLOATS, Site, nested, site_of
 from qgraph.annotation import IN, annotated
-from qgraph.block_scales import fixed_scales
+from qgraph.block_scales import fixed_scales, unroundable
 from qgraph.context import Context, Feed, Kind
 from qgraph.errors import CalibrationError, ModelError
 from qgraph.graph import array, release, remove_dead
 from qgraph.pieces import Piece, Walk
-from qgraph.spec import FLOAT8, PerBlock, QuantSpec
+from qgraph.spec import QuantSpec
 from qgraph.weights import Quantized, quantize_site, replace_weight
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def learnable(
         kinds = ("matmul", "gemm", "conv", "conv_transpose")
         if site is None or site.kind not in kinds or site.w_index not in specs:
             continue
-        why = _unfit(model, site, specs, context)
+        why: str | None = "it sits where no calibration data can be looked at"
+        if not nested(model, node):
+            why = unroundable(site, specs, context)
         if why is None and scales:
             why = fixed_scales(specs[site.w_index], specs.get(site.x_index))
         if why is not None:
@@ -69,24 +71,6 @@ def learnable(
         else:
             found.append(site)
     return found
-
-
-def _unfit(
-    model: ir.Model, site: Site, specs: Mapping[int, QuantSpec], context: Context
-) -> str | None:
-    data, weight = specs.get(site.x_index), specs[site.w_index]
-    if nested(model, site.node):
-        return "it sits where no calibration data can be looked at"
-    if len(site.weight.uses()) > 1:
-        return "others read its weight too"
-    if site.x.dtype == ir.DataType.BFLOAT16:
-        return "its data is bfloat16, which numpy does not know"
-    if weight.codebook or weight.dtype in FLOAT8:
-        return "its weight does not become integers at even distances"
-    columns = data is not None and not isinstance(data.granularity, PerBlock)
-    if context.target.saturates and weight.width == 8 and columns:
-        return "its kernel adds pairs of products in 16 bits, and these fit"
-    return None
 
 
 def reconstruct(
