@@ -20,12 +20,13 @@ from qgraph.block_scales import (
     rounding_error,
     some_columns,
 )
-from qgraph.capture import Rows, captured
+from qgraph.capture import Rows, captured, first_feeds
 from qgraph.context import Context, Kind
 from qgraph.errors import QGraphError
 from qgraph.graph import constant, release, remove_dead
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.passes.clip_weights import clipped_scales, gram, output_error
+from qgraph.resumable import Arrays, kept_for
 from qgraph.simulation import rounded_weight
 from qgraph.spec import PerAxis, PerBlock, QuantSpec
 from qgraph.weights import read_elsewhere, scale_inputs
@@ -57,6 +58,7 @@ class AWQ(Pass):
     α is searched: the one at which the products, their weights rounded and clipped as they will be,
     have the least error on calibration tokens; 0 leaves a product as it is. The factors go where
     the graph has room for them, as in :class:`qgraph.passes.smooth.Smooth`; no Mul is inserted.
+    With a cache folder in the context, what is found is kept, and an interrupted run goes on there.
 
     Attributes:
         steps: how many α between 0 and 1 are tried, 0 apart.
@@ -88,10 +90,17 @@ class AWQ(Pass):
                 routes[x] = route
         if not routes:
             return False
+        kept = kept_for(self, self.name, model, first_feeds(context), context)
         work = captured(model, list(routes), context, TOKENS)
         changed = False
-        for x, tokens in context.progress(work, "scaling weights", len(routes)):
-            changed |= self._scale(model, groups[x], routes[x], tokens, context)
+        steps = context.progress(work, "scaling weights", len(routes))
+        for step, (x, tokens) in enumerate(steps):
+            found = kept.result(step)
+            if found is None:
+                found = self._search(groups[x], routes[x], tokens, context)
+                kept.keep_result(step, found)
+            changed |= self._scale(model, groups[x], routes[x], found, context)
+        kept.finish(self.name, context)
         if changed:
             remove_dead(model)
         return changed
@@ -113,14 +122,10 @@ class AWQ(Pass):
         for site in sites:
             context.remark(kind, self.name, site.name, site.node.op_type, message, **numbers)
 
-    def _scale(
-        self,
-        model: ir.Model,
-        sites: list[Site],
-        route: Absorption,
-        tokens: Rows,
-        context: Context,
-    ) -> bool:
+    def _search(
+        self, sites: list[Site], route: Absorption, tokens: Rows, context: Context
+    ) -> Arrays:
+        """The best factors, their alpha, and what they leave of the noise."""
         trials = [_Trial.of(s, tokens, context.seed) for s in sites if s.w_index in _specs(s)]
         data = merge(route.ties, data_magnitude(tokens))
         weights = merge(route.ties, np.mean([trial.magnitude() for trial in trials], axis=0))
@@ -135,12 +140,18 @@ class AWQ(Pass):
                 if error > HOPELESS * least:
                     break
         ratio = least / before if before else 1.0
+        return {"factors": best, "alpha": np.array(alpha), "ratio": np.array(ratio)}
+
+    def _scale(
+        self, model: ir.Model, sites: list[Site], route: Absorption, found: Arrays, context: Context
+    ) -> bool:
+        factors, alpha, ratio = found["factors"], float(found["alpha"]), float(found["ratio"])
         if not alpha:
             self._remark("declined", sites, "not scaled: no alpha lowers its error", context)
             return False
-        divide(model, route, best)
+        divide(model, route, factors)
         for site in sites:
-            scale_inputs(model, site, best)
+            scale_inputs(model, site, factors)
         message = f"scaled: factors went into the {route.where}"
         self._remark("applied", sites, message, context, alpha=alpha, noise_ratio=ratio)
         return True

@@ -23,12 +23,13 @@ from qgraph.block_scales import (
     some_columns,
     unsearchable,
 )
-from qgraph.capture import Rows, captured
+from qgraph.capture import Rows, captured, first_feeds
 from qgraph.context import Context
 from qgraph.errors import QGraphError
 from qgraph.graph import remove_dead
 from qgraph.numerics import Int
 from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.resumable import from_arrays, kept_for, to_arrays
 from qgraph.spec import QuantSpec
 from qgraph.weights import Quantized, replace_weight
 
@@ -63,7 +64,8 @@ class ClipWeights(Pass):
     did. Each block tries some shares of its range, takes the best, then the scale at which its
     integers fit best (least squares); in later sweeps it looks for better ones nearby. All of it
     needs of the data but its Gram matrix, see :func:`gram`. insert-qdq takes the integers as they
-    are.
+    are. With a cache folder in the context, what is found is kept, and an interrupted run goes on
+    from there.
 
     Attributes:
         sweeps: how often each block is visited.
@@ -91,10 +93,25 @@ class ClipWeights(Pass):
         if not groups:
             return False
         # Nothing is rewritten before all has been seen: the data is that of the float model.
+        kept = kept_for(self, self.name, model, first_feeds(context), context)
         clipped: list[tuple[Site, Quantized]] = []
         work = captured(model, list(groups), context, TOKENS)
-        for x, tokens in context.progress(work, "clipping weights", len(groups)):
-            clipped += [(site, self._clip(site, tokens, context)) for site in groups[x]]
+        for step, (x, tokens) in enumerate(context.progress(work, "clipping weights", len(groups))):
+            found = kept.result(step)
+            if found is None:
+                results = [self._clip(site, tokens, context) for site in groups[x]]
+                weights, ratios = zip(*results, strict=True)
+                found = {**to_arrays(weights), "ratios": np.array(ratios)}
+                kept.keep_result(step, found)
+            for site, weight, ratio in zip(
+                groups[x], from_arrays(found), found["ratios"].tolist(), strict=True
+            ):
+                assert weight is not None
+                clipped.append((site, weight))
+                why = "clipped: the scales of its blocks are those that serve its outputs best"
+                op = site.node.op_type
+                context.remark("applied", self.name, site.name, op, why, noise_ratio=ratio)
+        kept.finish(self.name, context)
         for site, weight in clipped:
             replace_weight(model, site, weight, "clipped")
         remove_dead(model)
@@ -107,7 +124,8 @@ class ClipWeights(Pass):
             context.remark("declined", self.name, site.name, op, message)
         return why is None
 
-    def _clip(self, site: Site, tokens: Rows, context: Context) -> Quantized:
+    def _clip(self, site: Site, tokens: Rows, context: Context) -> tuple[Quantized, float]:
+        """The rounded weight, and what clipping leaves of the noise."""
         sample = some_columns(columns(site), COLUMNS, context.seed)
         metric = gram(tokens, sample, site.node.meta[IN][site.w_index])
         errors = np.zeros(2)
@@ -119,10 +137,7 @@ class ClipWeights(Pass):
             return found
 
         weight = rounded_site(site, search)
-        op, ratio = site.node.op_type, errors[1] / errors[0] if errors[0] else 1.0
-        why = "clipped: the scales of its blocks are those that serve its outputs best"
-        context.remark("applied", self.name, site.name, op, why, noise_ratio=ratio)
-        return weight
+        return weight, errors[1] / errors[0] if errors[0] else 1.0
 
 
 # --------------------------------------------------------------------------------- the mathematics

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -16,13 +14,12 @@ from qgraph.analysis import Site, site_of
 from qgraph.annotation import IN, annotated, product_groups
 from qgraph.block_scales import unroundable
 from qgraph.compensation import Float, Rounded, gram_matrices, problem, round_weight
-from qgraph.context import Context, Feed
+from qgraph.context import Context
 from qgraph.errors import CalibrationError, QGraphError
 from qgraph.graph import array, release, remove_dead
 from qgraph.pass_manager import Contract, Pass, Stage
 from qgraph.pieces import Walk
-from qgraph.resumable import Arrays, Resumable
-from qgraph.text import to_text
+from qgraph.resumable import Arrays, from_arrays, kept_for, to_arrays
 from qgraph.weights import Quantized, quantize_site, replace_weight
 
 MASK = "attention_mask"
@@ -85,7 +82,7 @@ class GPTQ(Pass):
         feeds = list(context.calibration or ())
         if not feeds:
             raise CalibrationError("this needs calibration data: give some typical inputs")
-        kept = Resumable(self._folder(model, feeds, context))
+        kept = kept_for(self, self.name, model, feeds, context)
         missing = next((i for i in range(len(groups)) if kept.result(i) is None), len(groups))
         walks: tuple[Walk, ...] = ()
         if missing < len(groups):
@@ -99,7 +96,7 @@ class GPTQ(Pass):
             stored = kept.result(step) if step < missing else None
             nearest = [_to_nearest(site, context) for site in sites]
             if stored is not None:
-                found = _restored(nearest, stored)
+                found = _restored(stored)
             else:
                 meant, seen = data
                 gram, cross = gram_matrices(meant, seen, masks)
@@ -116,9 +113,7 @@ class GPTQ(Pass):
             for site, weight, rounded in zip(sites, nearest, found, strict=True):
                 replace_weight(model, site, rounded.weight if rounded else weight, "gptq")
                 self._report(site, rounded, context)
-        kept.finish()
-        if kept.failure is not None:
-            context.remark("warning", self.name, "", "", f"nothing is kept: {kept.failure}")
+        kept.finish(self.name, context)
         remove_dead(model)
         return True
 
@@ -143,21 +138,6 @@ class GPTQ(Pass):
             for x, sites in product_groups(model, "weight").items()
         }
         return {x: sites for x, sites in groups.items() if sites}
-
-    def _folder(self, model: ir.Model, feeds: Sequence[Feed], context: Context) -> Path | None:
-        """Where results are kept that depend on this model, with its weights, and this data."""
-        if context.cache is None:
-            return None
-        target = context.target
-        digest = hashlib.blake2b(to_text(model).encode(), digest_size=16)
-        digest.update(f"{self} {target.saturates}".encode())
-        for node, specs in annotated(model):
-            digest.update(f"{node.name} {[(i, str(s)) for i, s in specs.items()]}".encode())
-        for feed in feeds:
-            for name, data in sorted(feed.items()):
-                digest.update(f"{name} {data.dtype} {data.shape}".encode())
-                digest.update(np.ascontiguousarray(data).tobytes())
-        return Path(context.cache) / f"gptq-{digest.hexdigest()}"
 
     def _rounded(
         self, sites: list[Site], nearest: list[Quantized], gram: Float, cross: Float
@@ -196,26 +176,21 @@ def _to_nearest(site: Site, context: Context) -> Quantized:
 
 
 def _arrays(found: Sequence[Rounded | None]) -> dict[str, np.ndarray]:
-    kept: dict[str, np.ndarray] = {}
-    for index, r in enumerate(found):
+    kept = to_arrays([None if r is None else r.weight for r in found])
+    for i, r in enumerate(found):
         if r is not None:
-            w = r.weight
-            parts = {"q": w.q, "scale": w.scale, "zero": w.zero}
-            kept |= {f"{index}.{name}": part for name, part in parts.items()}
-            kept[f"{index}.numbers"] = np.array([r.noise, r.nearest, r.columns, r.damping])
+            kept[f"{i}.numbers"] = np.array([r.noise, r.nearest, r.columns, r.damping])
     return kept
 
 
-def _restored(nearest: Sequence[Quantized], kept: Arrays) -> list[Rounded | None]:
+def _restored(kept: Arrays) -> list[Rounded | None]:
     found: list[Rounded | None] = []
-    for index, weight in enumerate(nearest):
-        if f"{index}.q" not in kept:
+    for i, weight in enumerate(from_arrays(kept)):
+        if weight is None:
             found.append(None)
             continue
-        noise, plain, columns, damping = kept[f"{index}.numbers"].tolist()
-        q, scale, zero = (kept[f"{index}.{name}"] for name in ("q", "scale", "zero"))
-        rounded = replace(weight, q=q, scale=scale, zero=zero)
-        found.append(Rounded(rounded, noise, plain, int(columns), damping))
+        noise, plain, columns, damping = kept[f"{i}.numbers"].tolist()
+        found.append(Rounded(weight, noise, plain, int(columns), damping))
     return found
 
 

@@ -27,6 +27,7 @@ from qgraph.errors import QGraphError
 from qgraph.graph import remove_dead
 from qgraph.numerics import Int
 from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.resumable import from_arrays, kept_for, to_arrays
 from qgraph.spec import QuantSpec
 from qgraph.weights import Quantized, replace_weight
 
@@ -51,6 +52,7 @@ class HQQ(Pass):
     The paper's zero points are floats. Kernels with float zero points are many times slower on
     CPUs, so here the zero point is rounded once it is found, and then the scale is fitted in the
     same way. Blocks that gain nothing by the criterion itself stay as rounding to nearest has them.
+    With a cache folder in the context, what is found is kept, and an interrupted run goes on there.
 
     Attributes:
         p: the exponent, above 0 and at most 2.
@@ -75,11 +77,25 @@ class HQQ(Pass):
     def run(self, model: ir.Model, context: Context) -> bool:
         groups = product_groups(model, "weight").values()
         chosen = [site for sites in groups for site in sites if self._fits(site, context)]
-        for site in context.progress(chosen, "half-quadratic", len(chosen)):
-            replace_weight(model, site, self._quantize(site, context), "hqq")
-        if chosen:
-            remove_dead(model)
-        return bool(chosen)
+        if not chosen:
+            return False
+        kept = kept_for(self, self.name, model, (), context)
+        steps = context.progress(chosen, "half-quadratic", len(chosen))
+        for step, site in enumerate(steps):
+            found = kept.result(step)
+            if found is None:
+                weight, ratio = self._quantize(site)
+                found = {**to_arrays([weight]), "ratio": np.array(ratio)}
+                kept.keep_result(step, found)
+            (restored,) = from_arrays(found)
+            assert restored is not None
+            replace_weight(model, site, restored, "hqq")
+            op, ratio = site.node.op_type, float(found["ratio"])
+            why = "quantized half-quadratically: most weights of a block have smaller errors"
+            context.remark("applied", self.name, site.name, op, why, norm_ratio=ratio)
+        kept.finish(self.name, context)
+        remove_dead(model)
+        return True
 
     def _fits(self, site: Site, context: Context) -> bool:
         why = unsearchable(site)
@@ -88,7 +104,8 @@ class HQQ(Pass):
             context.remark("declined", self.name, site.name, op, message)
         return why is None
 
-    def _quantize(self, site: Site, context: Context) -> Quantized:
+    def _quantize(self, site: Site) -> tuple[Quantized, float]:
+        """The rounded weight, and what is left of the norm of its errors."""
         norms = np.zeros(2)
 
         def search(w: Float, spec: QuantSpec) -> Scales:
@@ -98,10 +115,7 @@ class HQQ(Pass):
             return found
 
         weight = rounded_site(site, search)
-        op, ratio = site.node.op_type, norms[1] / norms[0] if norms[0] else 1.0
-        why = "quantized half-quadratically: most weights of a block have smaller errors"
-        context.remark("applied", self.name, site.name, op, why, norm_ratio=ratio)
-        return weight
+        return weight, norms[1] / norms[0] if norms[0] else 1.0
 
 
 def half_quadratic(w: Float, spec: QuantSpec, p: float = 1.0, iterations: int = 10) -> Scales:

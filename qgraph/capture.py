@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.context import Context
+from qgraph.context import Context, Feed
 from qgraph.errors import CalibrationError
 from qgraph.pieces import Walk
 
@@ -38,13 +38,23 @@ def captured(
     Raises:
         CalibrationError: there is no calibration data, or the model does not run on it.
     """
-    feeds = list(islice(context.calibration or (), FEEDS))
-    if not feeds:
-        raise CalibrationError("this needs calibration data: give some typical inputs")
+    feeds = first_feeds(context)
     each = -(-rows // len(feeds))
     walk = Walk(model.clone(), [str(value.name) for value in values], feeds)
     for value in values:
         yield value, np.concatenate([_picked(data, each) for data in walk.advance()])
+
+
+def first_feeds(context: Context) -> list[Feed]:
+    """Those of the calibration data that :func:`captured` runs.
+
+    Raises:
+        CalibrationError: there is no calibration data.
+    """
+    feeds = list(islice(context.calibration or (), FEEDS))
+    if not feeds:
+        raise CalibrationError("this needs calibration data: give some typical inputs")
+    return feeds
 
 
 def _picked(data: NDArray[np.floating], rows: int) -> Rows:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -16,6 +17,7 @@ from qgraph.context import Context, Feed, Kind
 from qgraph.errors import CalibrationError, ModelError
 from qgraph.graph import array, release, remove_dead
 from qgraph.pieces import Piece, Walk
+from qgraph.resumable import Arrays, from_arrays, kept_for, to_arrays
 from qgraph.spec import QuantSpec
 from qgraph.weights import Quantized, quantize_site, replace_weight
 
@@ -84,7 +86,8 @@ def reconstruct(
 
     Blocks come in the order of the graph. Each sees what the rounded blocks before it make of the
     calibration data, and is to give what the float model gives for float data. Where rounding to
-    nearest serves it better, its sites keep that.
+    nearest serves it better, its sites keep that. With a cache folder in the context, what blocks
+    learn is kept, and an interrupted run goes on there.
 
     Raises:
         CalibrationError: there is no calibration data, or it is not finite.
@@ -92,17 +95,25 @@ def reconstruct(
     feeds = list(context.calibration or ())
     if not feeds:
         raise CalibrationError("this needs calibration data: give some typical inputs")
+    kept = kept_for(method, method.name, model, feeds, context)
     stops = [str(value.name) for value in cuts]
     float_walk, walk = Walk(model.clone(), stops, feeds), Walk(model, stops, feeds)
     masks = [feed.get(MASK) for feed in feeds]
     title = f"learning to round ({method.name})"
-    for piece in context.progress(walk.pieces, title, len(stops)):
+    for step, piece in enumerate(context.progress(walk.pieces, title, len(stops))):
         wanted = _outputs(float_walk)
         if inside := [site for site in sites if site.node in piece.nodes]:
-            block = _raised(piece, inside, walk, wanted, masks, context)
-            _settle(model, inside, block, context, method)
-            del block
+            stored = kept.result(step)
+            if stored is None:
+                block = _raised(piece, inside, walk, wanted, masks, context)
+                outcome = _settled(inside, block, context, method)
+                del block
+                kept.keep_result(step, outcome.to_arrays())
+            else:
+                outcome = _Outcome.from_arrays(stored)
+            _apply(model, inside, outcome, context, method)
         walk.advance()
+    kept.finish(method.name, context)
     remove_dead(model)
 
 
@@ -154,15 +165,19 @@ def _reached(piece: Piece, sites: Sequence[Site]) -> set[ir.Value]:
     return {value for value in found if value.dtype in (None, *FLOATS)}
 
 
-def _settle(
-    model: ir.Model, sites: Sequence[Site], block: Block | str, context: Context, method: Method
-) -> None:
-    """Give the sites of a block the integers that are learned, or those of rounding to nearest."""
+def _settled(
+    sites: Sequence[Site], block: Block | str, context: Context, method: Method
+) -> _Outcome:
+    """The integers that are learned for the sites of a block, or those of rounding to nearest."""
     nearest = [quantize_site(site, _spec(site), context.target.saturates) for site in sites]
     if isinstance(block, str):
-        outcome = _Outcome(nearest, "declined", f"rounded to nearest: {block}")
-    else:
-        outcome = _learned(sites, nearest, block, context, method)
+        return _Outcome(nearest, "declined", f"rounded to nearest: {block}")
+    return _learned(sites, nearest, block, context, method)
+
+
+def _apply(
+    model: ir.Model, sites: Sequence[Site], outcome: _Outcome, context: Context, method: Method
+) -> None:
     for site, weight in zip(sites, outcome.weights, strict=True):
         replace_weight(model, site, weight, method.name)
         context.remark(
@@ -179,6 +194,21 @@ class _Outcome:
     kind: Kind
     message: str
     numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        said = {"kind": np.array(self.kind), "message": np.array(self.message)}
+        numbers = {f"number {name}": np.array(value) for name, value in self.numbers.items()}
+        return {**to_arrays(self.weights), **said, **numbers}
+
+    @staticmethod
+    def from_arrays(kept: Arrays) -> _Outcome:
+        numbers = {
+            key.removeprefix("number "): float(value)
+            for key, value in kept.items()
+            if key.startswith("number ")
+        }
+        weights = [weight for weight in from_arrays(kept) if weight is not None]
+        return _Outcome(weights, kept["kind"].item(), kept["message"].item(), numbers)
 
 
 def _learned(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+import onnx_ir as ir
+
+from qgraph.annotation import annotated
+from qgraph.context import Context, Feed
+from qgraph.text import to_text
+from qgraph.weights import Quantized
 
 Arrays = Mapping[str, np.ndarray]
 OVERHEAD = 0.1
@@ -34,7 +41,7 @@ class Resumable:
     _last: float = 0.0
     _cost: float = 0.0
 
-    def result(self, step: int) -> dict[str, np.ndarray] | None:
+    def result(self, step: int) -> Arrays | None:
         """What was kept of this step, if anything whole was."""
         return None if self.folder is None else _read(self.folder / f"{step}.npz")
 
@@ -55,11 +62,13 @@ class Resumable:
         self._last = time.monotonic()
         self._cost = self._last - began
 
-    def finish(self) -> None:
-        """Every step has its result: forget the state."""
+    def finish(self, pass_name: str, context: Context) -> None:
+        """Every step has its result: forget the state, and warn if anything could not be kept."""
         if self.folder is not None:
             with suppress(OSError):
                 (self.folder / "state.npz").unlink()
+        if self.failure is not None:
+            context.remark("warning", pass_name, "", "", f"nothing is kept: {self.failure}")
 
     def _write(self, name: str, arrays: Arrays) -> None:
         if self.folder is None or self.failure is not None:
@@ -74,6 +83,49 @@ class Resumable:
             self.failure = f"{self.folder} cannot be written: {error.strerror}"
             with suppress(OSError):
                 aside.unlink()
+
+
+def kept_for(
+    work: object, name: str, model: ir.Model, feeds: Iterable[Feed], context: Context
+) -> Resumable:
+    """Where results are kept that depend on this model, with its weights and specs, on this data,
+    and on `work`: what is done, its parameters in its repr. Without a cache folder in the context
+    nothing is kept."""
+    if context.cache is None:
+        return Resumable(None)
+    digest = hashlib.blake2b(to_text(model).encode(), digest_size=16)
+    digest.update(f"{work} {context.seed} {context.target.saturates}".encode())
+    for node, specs in annotated(model):
+        digest.update(f"{node.name} {[(i, str(s)) for i, s in specs.items()]}".encode())
+    for feed in feeds:
+        for key, data in sorted(feed.items()):
+            digest.update(f"{key} {data.dtype} {data.shape}".encode())
+            digest.update(np.ascontiguousarray(data).tobytes())
+    return Resumable(Path(context.cache) / f"{name}-{digest.hexdigest()}")
+
+
+def to_arrays(weights: Sequence[Quantized | None]) -> dict[str, np.ndarray]:
+    """Weights, none of them from a table, as they are kept. See :func:`from_arrays`."""
+    kept = {"count": np.array(len(weights))}
+    for i, w in enumerate(weights):
+        if w is not None:
+            layout = np.array([-1 if w.axis is None else w.axis, w.repaired, w.block])
+            parts = {"q": w.q, "scale": w.scale, "zero": w.zero, "layout": layout}
+            kept |= {f"{i}.{part}": data for part, data in parts.items()}
+    return kept
+
+
+def from_arrays(kept: Arrays) -> list[Quantized | None]:
+    """The weights of :func:`to_arrays`."""
+    found: list[Quantized | None] = []
+    for i in range(int(kept["count"])):
+        if f"{i}.q" not in kept:
+            found.append(None)
+            continue
+        q, scale, zero = (kept[f"{i}.{part}"] for part in ("q", "scale", "zero"))
+        axis, repaired, block = kept[f"{i}.layout"].tolist()
+        found.append(Quantized(q, scale, zero, None if axis < 0 else axis, repaired, block))
+    return found
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
