@@ -219,7 +219,7 @@ VARIANTS: dict[str, Way] = {
     "qgraph rtn g128 tied": recipe("rtn", group_size=128, embedding_bits=4),
     "qgraph nf4": recipe("nf4"),
     "qgraph nf4 plain": recipe("nf4", double_quant=False),
-    "qgraph nf4 mse": recipe("nf4", observer="mse"),
+    "qgraph nf4 absmax": recipe("nf4", observer="absmax"),
     "qgraph fp4": recipe("fp4"),
     "qgraph hqq": recipe("hqq"),
     "qgraph fp8": recipe("fp8"),

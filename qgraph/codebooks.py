@@ -42,9 +42,10 @@ of exponent, one of mantissa; the second 0 is never written."""
 
 SCALES_PER_BLOCK = 256
 """Scales that share a scale in double quantization."""
-FACTORS = (1.0, 0.96, 0.92, -1.0, -0.96, -0.92)
-"""Where a block's scale is sought for the least squared error, in units of its largest magnitude:
-clipped peaks leave finer levels, and the levels of NF4 are finer on one side of 0."""
+FACTORS = (1.0, 1.03, 0.97, 0.94, -1.0, -1.03, -0.97, -0.94)
+"""Where a block's scale is sought for the least error, in units of its largest magnitude. Clipped
+peaks leave finer levels, the levels of NF4 are finer on one side of 0, and always the same side
+would shift the outputs."""
 STEPS = np.float32(127)
 """Levels of an int8 kernel between 0 and 1."""
 
@@ -118,20 +119,31 @@ def quantize_to_levels(
     Args:
         w, size, levels: as in :func:`codes_at`.
         factors: the scales that are tried, in units of the block's largest magnitude; that of the
-            least squared error is taken. 1 alone is bitsandbytes'.
+            least squared error is taken, each error weighted by the square of its weight: of the
+            weights, the largest matter most. 1 alone is bitsandbytes'.
 
     Returns:
         codes (N, K) and scales, float32 (N, blocks).
     """
     blocks = _in_blocks(w, size)
     largest = np.abs(blocks).max(axis=-1)
-    scales, best = largest * np.float32(factors[0]), np.full(largest.shape, np.inf)
-    for factor in factors if len(factors) > 1 else ():
+    if len(factors) > 1:
+        scales = _sought(blocks, largest, levels, factors)
+    else:
+        scales = largest * np.float32(factors[0])
+    return codes_at(w, scales, size, levels), scales
+
+
+def _sought(blocks: Float, largest: Float, levels: Float, factors: Sequence[float]) -> Float:
+    top = largest[..., np.newaxis]
+    share = np.divide(blocks, top, where=top > 0, out=np.zeros_like(blocks))
+    scales, least = largest, np.full(largest.shape, np.inf)
+    for factor in factors:
         tried = largest * np.float32(factor)
         rounded = levels[_codes(blocks, tried, levels)] * tried[..., np.newaxis]
-        error = np.square(rounded - blocks).sum(axis=-1)
-        scales, best = np.where(error < best, tried, scales), np.minimum(error, best)
-    return codes_at(w, scales, size, levels), scales
+        error = np.square((rounded - blocks) * share).sum(axis=-1)
+        scales, least = np.where(error < least, tried, scales), np.minimum(error, least)
+    return scales
 
 
 def _in_blocks(w: Float, size: int) -> Float:

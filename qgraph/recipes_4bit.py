@@ -179,7 +179,7 @@ def nf4(
     *,
     group_size: int = 64,
     double_quant: bool = True,
-    observer: WeightRange = "absmax",
+    observer: WeightRange = "mse",
     kernel: CodebookKernel = "int8",
     rules: Sequence[Rule] = (),
 ) -> Recipe:
@@ -188,8 +188,9 @@ def nf4(
     Args:
         group_size: input channels that share a scale, from 16.
         double_quant: scales in 8 bits each, as QLoRA has them, instead of 32.
-        observer: `absmax` as in bitsandbytes; `mse` seeks each block's scale, of either sign, for
-            the least squared error.
+        observer: `mse` seeks each block's scale, of either sign, for the least squared error, in
+            which large weights count more; `absmax` is the largest magnitude, as bitsandbytes has
+            it.
         kernel: `int8` is fast, its levels rounded to 127ths; `bnb4` keeps them exact in MatMulBnb4,
             which other tools know, and which on CPUs is five times slower than float.
         rules: which sites to treat otherwise.
@@ -201,7 +202,7 @@ def fp4(
     *,
     group_size: int = 64,
     double_quant: bool = True,
-    observer: WeightRange = "absmax",
+    observer: WeightRange = "mse",
     kernel: CodebookKernel = "int8",
     rules: Sequence[Rule] = (),
 ) -> Recipe:

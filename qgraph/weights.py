@@ -294,8 +294,8 @@ def quantize_in_codebook(w: np.ndarray, blocks: PerBlock, spec: QuantSpec) -> Qu
     Args:
         w: float weight, memory-mapped or not.
         blocks: their size, and which axis of `w` is K.
-        spec: names the codebook; `observer="mse"` seeks the scales of the least squared error,
-            anything else covers the whole range.
+        spec: names the codebook; `observer="mse"` seeks each block's scale, anything else covers
+            the whole range.
     """
     assert spec.codebook is not None
     columns, table = w if blocks.axis else w.T, LEVELS[spec.codebook]
