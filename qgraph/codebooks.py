@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,32 +118,43 @@ def quantize_to_levels(
 
     Args:
         w, size, levels: as in :func:`codes_at`.
-        factors: the scales that are tried, in units of the block's largest magnitude; that of the
-            least squared error is taken, each error weighted by the square of its weight: of the
-            weights, the largest matter most. 1 alone is bitsandbytes'.
+        factors: the scales that are tried, in units of the block's largest magnitude, see
+            :func:`best_of`. 1 alone is bitsandbytes'.
 
     Returns:
         codes (N, K) and scales, float32 (N, blocks).
     """
-    blocks = _in_blocks(w, size)
-    largest = np.abs(blocks).max(axis=-1)
-    if len(factors) > 1:
-        scales = _sought(blocks, largest, levels, factors)
-    else:
-        scales = largest * np.float32(factors[0])
+    largest = np.abs(_in_blocks(w, size)).max(axis=-1)
+    tried = np.stack([largest * np.float32(factor) for factor in factors])
+    scales = np.choose(best_of(tried, w, size, levels), tried)
     return codes_at(w, scales, size, levels), scales
 
 
-def _sought(blocks: Float, largest: Float, levels: Float, factors: Sequence[float]) -> Float:
-    top = largest[..., np.newaxis]
+def best_of(scales: Float, w: Float, size: int, levels: Float) -> NDArray[np.intp]:
+    """Which of some scales is the best for each block.
+
+    That is the one of the least squared error, each weighted by the square of its weight: of the
+    weights, the largest matter most, and the plain squared error would clip them.
+
+    Args:
+        scales: (candidates, N, blocks).
+        w, size, levels: as in :func:`codes_at`.
+
+    Returns:
+        (N, blocks); the first one where several are as good.
+    """
+    best = np.zeros(scales.shape[1:], np.intp)
+    if len(scales) == 1:
+        return best
+    blocks = _in_blocks(w, size)
+    top = np.abs(blocks).max(axis=-1, keepdims=True)
     share = np.divide(blocks, top, where=top > 0, out=np.zeros_like(blocks))
-    scales, least = largest, np.full(largest.shape, np.inf)
-    for factor in factors:
-        tried = largest * np.float32(factor)
+    least = np.full(best.shape, np.inf)
+    for index, tried in enumerate(scales):
         rounded = levels[_codes(blocks, tried, levels)] * tried[..., np.newaxis]
         error = np.square((rounded - blocks) * share).sum(axis=-1)
-        scales, least = np.where(error < least, tried, scales), np.minimum(error, least)
-    return scales
+        best[error < least], least = index, np.minimum(error, least)
+    return best
 
 
 def _in_blocks(w: Float, size: int) -> Float:
@@ -179,6 +190,11 @@ class NestedScales:
         """What they stand for: float32 (count,)."""
         steps = np.repeat(self.scale, SCALES_PER_BLOCK)[: self.codes.size]
         return (self.table[self.codes] * steps + self.offset).astype(np.float32)
+
+    def shifted(self, by: NDArray[np.int64] | int) -> NestedScales:
+        """With codes of a level higher or lower, or more; `table` is ascending."""
+        shifted = np.clip(self.codes.astype(np.int64) + by, 0, len(self.table) - 1)
+        return replace(self, codes=shifted.astype(np.uint8))
 
 
 def nest_scales(scales: Float) -> NestedScales:

@@ -16,6 +16,7 @@ from qgraph.codebooks import (
     FACTORS,
     LEVELS,
     NestedScales,
+    best_of,
     codes_at,
     integer_levels,
     nest_scales,
@@ -300,23 +301,26 @@ def quantize_in_codebook(w: np.ndarray, blocks: PerBlock, spec: QuantSpec) -> Qu
     assert spec.codebook is not None
     columns, table = w if blocks.axis else w.T, LEVELS[spec.codebook]
     n, k = columns.shape
-    codes, scale = (
-        np.empty(columns.shape, np.uint8),
-        np.empty((n, -(-k // blocks.size)), np.float32),
-    )
+    codes = np.empty(columns.shape, np.uint8)
+    scale = np.empty((n, -(-k // blocks.size)), np.float32)
     step = max(1, CACHED_BYTES // (4 * max(k, 1)))
-    factors = FACTORS if spec.observer == "mse" else (1.0,)
-    for start in range(0, n, step):
-        part = slice(start, start + step)
+    parts = [slice(start, start + step) for start in range(0, n, step)]
+    seek = spec.observer == "mse"
+    for part in parts:
         piece = np.asarray(columns[part], np.float32)
+        factors = FACTORS if seek else (1.0,)
         codes[part], scale[part] = quantize_to_levels(piece, blocks.size, table, factors)
     nested = nest_scales(scale) if spec.double else None
     if nested is not None:  # codes for the scales as they come back: that undoes most of the loss
-        scale = nested.float().reshape(scale.shape)
-        for start in range(0, n, step):
-            part = slice(start, start + step)
+        shifts = (0, -1, 1) if seek else (0,)
+        tried = np.stack([nested.shifted(by).float().reshape(scale.shape) for by in shifts])
+        chosen = np.empty(scale.shape, np.intp)
+        for part in parts:
             piece = np.asarray(columns[part], np.float32)
+            chosen[part] = best_of(tried[:, part], piece, blocks.size, table)
+            scale[part] = np.choose(chosen[part], tried[:, part])
             codes[part] = codes_at(piece, scale[part], blocks.size, table)
+        nested = nested.shifted(np.take(shifts, chosen.reshape(-1)))
     if not blocks.axis:
         codes, scale = (np.ascontiguousarray(a.T) for a in (codes, scale))
     zero = np.zeros(scale.shape, np.int32)
