@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from qgraph.analysis import Site, lowest_value, nested, site_of
 from qgraph.annotation import IN, MOVES, SCALE, SPEC, annotated, retract, static_spec
+from qgraph.backends.first_rounding import adarounded
 from qgraph.backends.match_channels import Floats, MatchChannels, layers
 from qgraph.backends.onnx import OnnxTarget
 from qgraph.backends.quantizers import (
@@ -24,7 +25,7 @@ from qgraph.backends.quantizers import (
     WeightQuantizer,
 )
 from qgraph.backends.torch_fx import NODE, VALUE, WEIGHTS, raise_model, write_back
-from qgraph.context import Context, Remarks
+from qgraph.context import Context, Progress, Remarks, silent
 from qgraph.errors import ModelError, QGraphError
 from qgraph.feeds import open_calibration
 from qgraph.graph import array, constant, is_op, node_name, release
@@ -103,6 +104,43 @@ class QuantizedModule(nn.Module):
             self.observed += 1
             self.model(**{name: torch.as_tensor(a).to(device) for name, a in feed.items()})
         self.freeze()
+
+    def learn_rounding(
+        self,
+        batches: Any,
+        samples: int | None = None,
+        *,
+        steps: int = 200,
+        progress: Progress = silent,
+    ) -> list[str]:
+        """Round each layer's weights so that its outputs come near to the float model's (AdaRound).
+
+        A start for models that collapse when they are rounded to nearest, after `calibrate` and
+        before training; needs no labels. Layers learn one after the other, on what the rounded
+        layers before them give; data stays float meanwhile.
+
+        Args:
+            batches: typical inputs, as `calibration` of :func:`qgraph.compile`.
+            samples: use only so many.
+            steps: of learning, for each layer.
+            progress: display, see :mod:`qgraph.progress`.
+
+        Returns:
+            names of the layers that were rounded so; the others stay as they are.
+
+        Raises:
+            QGraphError: no scales were chosen yet, or the data does not fit.
+        """
+        if not self.frozen:
+            raise QGraphError("scales are not chosen yet: calibrate before learn_rounding")
+        model = _copied(self._kept.model)
+        write_back(self.model, model)
+        feeds = list(open_calibration(batches, self.source, samples))
+        found = adarounded(model, feeds, steps, progress)
+        for name, module, weight, _ in self._weights():
+            if name in found:
+                module.take(found[name], weight)
+        return list(found)
 
     @torch.no_grad()
     def match_channels(self, *inputs: Any, **named: Any) -> list[str]:
@@ -184,13 +222,14 @@ class QuantizedModule(nn.Module):
                 Above: outputs are logits along the last axis, and the loss is the Kullback-Leibler
                 divergence of both at this temperature (Hinton et al. 2015), times its square.
             features: weight of the same for what each layer with weights puts out, by squared
-                error. With it, few images are enough, for each of them says much more.
+                error; where that is added to what flows past the layer, for the sum. With it, few
+                images are enough, for each of them says much more.
         """
         if not features:
             with torch.no_grad():
                 wanted = self.teacher(*inputs, **named)
             return _distances(self(*inputs, **named), wanted, temperature)
-        names = {name for name, *_ in self._weights()}
+        names = self._features()
         teacher, student = (Floats(m, names) for m in (self.teacher, self.model))  # type: ignore[arg-type]
         ordered = self._ordered(inputs, named)
         with torch.no_grad():
@@ -200,6 +239,12 @@ class QuantizedModule(nn.Module):
         # In the order of the graph: that of a set of names differs from process to process.
         inside = [_distance(y, teacher.found[name], 0.0) for name, y in student.found.items()]
         return loss + features * torch.stack(inside).mean()
+
+    def _features(self) -> set[str]:
+        """The nodes whose outputs are compared. What a residual branch adds counts no more than it
+        shows in the sum: by itself it may be small, and its errors large, and not matter."""
+        nodes = {node_name(node): node for node in self._kept.model.graph}
+        return {node_name(_with_residual(nodes[name])) for name, *_ in self._weights()}
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         for teacher in self._teacher:
@@ -529,6 +574,16 @@ def _counterparts(
 def _floats(outputs: Any) -> list[Tensor]:
     found = outputs if isinstance(outputs, tuple | list) else [outputs]
     return [y for y in found if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def _with_residual(node: ir.Node) -> ir.Node:
+    """The Add of two computed values that alone reads what this node computes, or the node."""
+    last = node
+    while len(readers := last.outputs[0].consumers()) == 1 and is_op(readers[0], "Add"):
+        last = readers[0]
+        if not any(constant(value) for value in last.inputs):
+            return last
+    return node
 
 
 def _distances(given: Any, wanted: Any, temperature: float) -> Tensor:

