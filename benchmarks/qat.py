@@ -128,7 +128,7 @@ CASES = {
     "digits W3A4": Case(digit_module, digits, 3, 4, True, 750, 64, 2e-3),
     "digits W2A8, ONNX": Case(digit_onnx, digits, 2, 8, True, 750, 64, 2e-3),
     "EfficientNet-lite0 W4A8": Case(
-        lambda _: zoo.efficientnet_lite0_onnx(), stamps, 4, 8, False, 80, 16, 2e-3, 400
+        lambda _: zoo.efficientnet_lite0_onnx(), stamps, 4, 8, False, 80, 16, 1e-3, 400
     ),
 }
 
