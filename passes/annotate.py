@@ -222,7 +222,7 @@ class Annotate(Pass):
             else:
                 reasons.setdefault(weight, verdict.reason)
         if not found:
-            context.remark("float", self.name, site.name, op, list(reasons.values())[-1])
+            context.remark("float", self.name, site.name, op, next(iter(reasons.values())))
             return
         weight, activation, verdict = max(found, key=lambda choice: choice[2].speedup)
         wanted, why = next(iter(reasons.items()), (weight, ""))

@@ -17,7 +17,7 @@ from qgraph.errors import PipelineError, QGraphError
 from qgraph.pass_manager import PassManager
 from qgraph.passes.annotate import PER_RUN, SMALL_TABLE, Annotate, Rule, Scheme
 from qgraph.passes.canonicalize import Canonicalize
-from qgraph.spec import PerAxis, PerTensor, QuantSpec
+from qgraph.spec import PerAxis, PerBlock, PerTensor, QuantSpec
 from qgraph.target import Target, Verdict
 from tests.models import (
     build,
@@ -204,6 +204,20 @@ def test_a_site_stays_float_where_nothing_wins_and_says_the_first_reason() -> No
     assert str(context.remarks.verdicts()["m0"]) == (
         "[annotate] float MatMul m0: per-token is what it is"
     )
+
+
+def test_the_reason_is_that_of_the_weights_that_were_asked_for() -> None:
+    @dataclass(frozen=True)
+    class Slow(type(ONNX)):  # type: ignore[misc]
+        def supports(
+            self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
+        ) -> Verdict:
+            return Verdict(False, f"{weight.dtype.name} is slow here")
+
+    int4 = QuantSpec(ir.DataType.INT4, PerBlock(0, 32))
+    rules = (Rule(("matmul",), int4, (PER_RUN, None)),)
+    context = mark(mlp((4, 2)), target=Slow(), rules=rules)  # int8 columns are tried, too
+    assert context.remarks.verdicts()["m0"].message == "INT4 is slow here"
 
 
 @pytest.mark.parametrize(("speedup", "kept"), [(0.8, False), (1.2, True)])
