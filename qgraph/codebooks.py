@@ -46,6 +46,8 @@ FACTORS = (1.0, 1.03, 0.97, 0.94, -1.0, -1.03, -0.97, -0.94)
 """Where a block's scale is sought for the least error, in units of its largest magnitude. Clipped
 peaks leave finer levels, the levels of NF4 are finer on one side of 0, and always the same side
 would shift the outputs."""
+STRIP, PLACES = 1 << 16, 2048
+"""Weights that are tried together, and how finely the places between 0 and 1 are told apart."""
 STEPS = np.float32(127)
 """Levels of an int8 kernel between 0 and 1."""
 
@@ -144,15 +146,29 @@ def best_of(scales: Float, w: Float, size: int, levels: Float) -> NDArray[np.int
         (N, blocks); the first one where several are as good.
     """
     best = np.zeros(scales.shape[1:], np.intp)
-    if len(scales) == 1:
-        return best
-    blocks = _in_blocks(w, size)
+    rows = max(1, STRIP // max(w.shape[1], 1))  # what is tried stays in the CPU's cache
+    for start in range(0, len(w) if len(scales) > 1 else 0, rows):
+        part = slice(start, start + rows)
+        best[part] = _best_of(scales[:, part], _in_blocks(w[part], size), levels)
+    return best
+
+
+def _best_of(scales: Float, blocks: Float, levels: Float) -> NDArray[np.intp]:
     top = np.abs(blocks).max(axis=-1, keepdims=True)
     share = np.divide(blocks, top, where=top > 0, out=np.zeros_like(blocks))
-    least = np.full(best.shape, np.inf)
+    # Which level is the nearest is looked up: wrong at most where two are nearly as near.
+    nearest = levels[nearest_codes(np.linspace(-1, 1, 2 * PLACES + 1, dtype=np.float32), levels)]
+    best, least = np.zeros(scales.shape[1:], np.intp), np.full(scales.shape[1:], np.inf)
     for index, tried in enumerate(scales):
-        rounded = levels[_codes(blocks, tried, levels)] * tried[..., np.newaxis]
-        error = np.square((rounded - blocks) * share).sum(axis=-1)
+        place = _places(blocks, tried)
+        place *= PLACES
+        np.rint(place, out=place)
+        place += PLACES
+        off = nearest[place.astype(np.int32)]
+        off *= tried[..., np.newaxis]
+        off -= blocks
+        off *= share
+        error = np.einsum("nbk,nbk->nb", off, off)
         best[error < least], least = index, np.minimum(error, least)
     return best
 
@@ -162,12 +178,18 @@ def _in_blocks(w: Float, size: int) -> Float:
 
 
 def _codes(blocks: Float, scales: Float, levels: Float) -> Codes:
+    return nearest_codes(_places(blocks, scales), levels)
+
+
+def _places(blocks: Float, scales: Float) -> Float:
+    """Where the weights lie between -1 and 1, in units of their block's scale."""
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         inverse = np.where(scales == 0, np.float32(0), np.float32(1) / scales)
     most = np.finfo(np.float32).max
     inverse = np.clip(inverse, -most, most)  # of the tiniest scales
     with np.errstate(over="ignore"):
-        return nearest_codes(np.clip(blocks * inverse[..., np.newaxis], -1, 1), levels)
+        places = blocks * inverse[..., np.newaxis]
+    return np.clip(places, -1, 1, out=places)
 
 
 @dataclass(frozen=True, eq=False)

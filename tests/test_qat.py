@@ -651,11 +651,11 @@ def test_digits_at_few_bits(name: str, most: float) -> None:
 @pytest.mark.slow
 def test_efficientnet_before_training() -> None:
     """Agreement with float at W4A8; measured: 0.29 rounded to nearest, 0.82 so."""
-    from benchmarks.qat import CASES, scores
+    from benchmarks import zoo
+    from benchmarks.qat import scores, stamps
 
-    case = CASES["EfficientNet-lite0 W4A8"]
-    (learn, _), (images, _) = case.data()
-    module = qgraph.prepare_qat(case.source(0), bits=case.bits, act_bits=case.act_bits)
+    (learn, _), (images, _) = stamps()
+    module = qgraph.prepare_qat(zoo.efficientnet_lite0_onnx(), bits=4, act_bits=8)
     module.calibrate([learn[i::8][:16] for i in range(8)])
     truth = scores(module.teacher, images)
     assert (scores(module.eval(), images) == truth).float().mean() < 0.5
