@@ -245,10 +245,11 @@ def _tell_what_is_slow(context: Context) -> None:
         r.numbers["slowest"] for r in context.remarks.verdicts().values() if "slowest" in r.numbers
     ]
     if slow:
+        those = "1 product is" if len(slow) == 1 else f"{len(slow)} products are"
         context.remark(
             "warning", Annotate.name, "", "",
-            f"{len(slow)} products are slower than float for prompts, and faster for single "
-            "tokens: optimize_for=prompt takes what is fastest for prompts",
+            f"{those} slower than float for prompts, and faster for single tokens: "
+            "optimize_for=prompt takes what is fastest for prompts",
             slowest=min(slow),
         )  # fmt: skip
 
