@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from operator import attrgetter, getitem
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -12,28 +12,28 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from qgraph.analysis import Site, lowest_value, nested, site_of
-from qgraph.annotation import IN, MOVES, SCALE, SPEC, annotated, retract, static_spec
+from qgraph.analysis import Site, nested, site_of
+from qgraph.annotation import IN, SCALE, annotated, retract
+from qgraph.backends.distillation import distance, distances, with_residual
 from qgraph.backends.first_rounding import adarounded
+from qgraph.backends.insert_quantizers import InsertQuantizers, values
 from qgraph.backends.match_channels import Floats, MatchChannels, layers
 from qgraph.backends.onnx import OnnxTarget
 from qgraph.backends.quantizers import (
     DataQuantizer,
     Mode,
     Phase,
-    TokenQuantizer,
     WeightQuantizer,
 )
 from qgraph.backends.torch_fx import NODE, VALUE, WEIGHTS, raise_model, write_back
 from qgraph.context import Context, Progress, Remarks, silent
 from qgraph.errors import ModelError, QGraphError
 from qgraph.feeds import open_calibration
-from qgraph.graph import array, constant, is_op, node_name, release
-from qgraph.numerics import token_grid
+from qgraph.graph import array, node_name
 from qgraph.pass_manager import STAGES_KEY, Pass, PassManager, Stage, stages
 from qgraph.recipes import Recipe
 from qgraph.spec import FLOAT8, QuantSpec
-from qgraph.weights import constant_bias, replace_weight
+from qgraph.weights import replace_weight
 
 PASS = "prepare-qat"
 """Under this name preparation leaves remarks."""
@@ -68,7 +68,7 @@ class QuantizedModule(nn.Module):
         self.observe, self._phase = observe, Phase()
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
-        work = _Insert(model, self._phase, learn_scales, max(observe, 1))
+        work = InsertQuantizers(model, self._phase, learn_scales, max(observe, 1))
         self.model = work.module()
         self._names: dict[str, tuple[str, bool]] = dict(self.model.meta[WEIGHTS])
         self._teacher: list[nn.Module] = []
@@ -228,23 +228,23 @@ class QuantizedModule(nn.Module):
         if not features:
             with torch.no_grad():
                 wanted = self.teacher(*inputs, **named)
-            return _distances(self(*inputs, **named), wanted, temperature)
+            return distances(self(*inputs, **named), wanted, temperature)
         names = self._features()
         teacher, student = (Floats(m, names) for m in (self.teacher, self.model))  # type: ignore[arg-type]
         ordered = self._ordered(inputs, named)
         with torch.no_grad():
             wanted = teacher.run(*ordered)
         self._next_phase()
-        loss = _distances(student.run(*ordered), wanted, temperature)
+        loss = distances(student.run(*ordered), wanted, temperature)
         # In the order of the graph: that of a set of names differs from process to process.
-        inside = [_distance(y, teacher.found[name], 0.0) for name, y in student.found.items()]
+        inside = [distance(y, teacher.found[name], 0.0) for name, y in student.found.items()]
         return loss + features * torch.stack(inside).mean()
 
     def _features(self) -> set[str]:
         """The nodes whose outputs are compared. What a residual branch adds counts no more than it
         shows in the sum: by itself it may be small, and its errors large, and not matter."""
         nodes = {node_name(node): node for node in self._kept.model.graph}
-        return {node_name(_with_residual(nodes[name])) for name, *_ in self._weights()}
+        return {node_name(with_residual(nodes[name])) for name, *_ in self._weights()}
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         for teacher in self._teacher:
@@ -284,13 +284,13 @@ class QuantizedModule(nn.Module):
             site = site_of(nodes[name])
             assert site is not None
             replace_weight(model, site, module.integers(weight, bias), "trained")
-        values = {str(value.name): value for value in _values(model)}
+        named = {str(value.name): value for value in values(model)}
         for node in self.model.graph.nodes:
             if node.op == "call_module":
                 quantizer = self.model.get_submodule(node.target)
                 if isinstance(quantizer, DataQuantizer):
                     scale, zero = (a.cpu().numpy() for a in (quantizer.scale, quantizer.zero))
-                    values[node.meta[VALUE]].meta[SCALE] = (scale, zero)
+                    named[node.meta[VALUE]].meta[SCALE] = (scale, zero)
         return model
 
     @torch.no_grad()
@@ -394,135 +394,6 @@ def _depthwise(site: Site) -> bool:
     return site.kind == "conv" and site.kn[0] == 1
 
 
-class _Insert:
-    """Puts quantizers where insert-qdq will put conversions."""
-
-    def __init__(self, model: ir.Model, phase: Phase, learn: bool, batches: int) -> None:
-        self.model, self.phase, self.learn = model, phase, learn
-        self.each = max(1, 8192 // batches)
-        self.raised = raise_model(model)
-        self.graph = self.raised.graph
-        self.calls = {n.meta[NODE]: n for n in self.graph.nodes if NODE in n.meta}
-        self.held = {n.meta[VALUE]: n for n in self.graph.nodes if VALUE in n.meta}
-        self.data: dict[ir.Value, DataQuantizer] = {}
-        self.runtime: dict[tuple[ir.Value, QuantSpec], fx.Node] = {}
-
-    def module(self) -> fx.GraphModule:
-        self.raised.add_module("quantizers", nn.Module())
-        for node, specs in annotated(self.model):
-            for index, spec in specs.items():
-                value = node.inputs[index]
-                if spec.observer == "dynamic" and value is not None:
-                    self._dynamic(node, index, value, spec)
-        for value in list(_values(self.model)):
-            if static_spec(value) is not None:
-                self._static(value)
-        shared: dict[tuple[ir.Value, QuantSpec], str] = {}
-        for node, specs in annotated(self.model):
-            site = site_of(node)
-            if site is not None and site.w_index in specs:
-                self._weight(site, specs, shared)
-        self.graph.lint()
-        self.raised.recompile()
-        return self.raised
-
-    def _named(self, name: str, module: nn.Module) -> str:
-        """Where the module is: `quantizers.<name>`."""
-        path = "quantizers." + "".join(c if c.isalnum() else "_" for c in name)
-        while _has(self.raised, path):
-            path += "_"
-        self.raised.add_submodule(path, module)
-        return path
-
-    def _call(self, before: fx.Node, path: str, arguments: tuple[fx.Node, ...]) -> fx.Node:
-        with self.graph.inserting_before(before):
-            return self.graph.call_module(path, arguments)
-
-    def _quantizer(self, value: ir.Value) -> DataQuantizer:
-        """The quantizer of a value: what only moves data has that of its source."""
-        spec, producer = static_spec(value), value.producer()
-        assert spec is not None
-        if producer is not None and is_op(producer, *MOVES) and IN in producer.meta:
-            source = producer.inputs[0]
-            if source is not None and static_spec(source) == spec:
-                return self._quantizer(source)
-        if value not in self.data:
-            self.data[value] = DataQuantizer(spec, self.phase, self.each, self.learn)
-            self._named(str(value.name), self.data[value])
-        return self.data[value]
-
-    def _static(self, value: ir.Value) -> None:
-        spec, shared = static_spec(value), SPEC in value.meta
-        assert spec is not None
-        quantizer = self._quantizer(value)
-        path = next(p for p, m in self.raised.named_modules() if m is quantizer)
-        x = self.held[str(value.name)]
-        behind = x.next
-        while behind.op in ("placeholder", "get_attr"):
-            behind = behind.next
-        new = self._call(behind, path, (x,))
-        new.meta[VALUE] = value.name
-        for use in value.uses():
-            wanted = use.node.meta.get(IN, {}).get(use.idx)
-            if (shared or wanted is not None) and (wanted or spec).observer != "dynamic":
-                self.calls[node_name(use.node)].update_arg(use.idx, new)
-        if shared and value.is_graph_output():
-            output = next(n for n in self.graph.nodes if n.op == "output")
-            output.replace_input_with(x, new)
-
-    def _dynamic(self, node: ir.Node, index: int, value: ir.Value, spec: QuantSpec) -> None:
-        key, call = (value, spec), self.calls[node_name(node)]
-        if key not in self.runtime:
-            quantizer = TokenQuantizer(spec, token_grid(lowest_value(value)), self.phase)
-            path = self._named(f"{value.name}_at_run_time", quantizer)
-            self.runtime[key] = self._call(call, path, (self.held[str(value.name)],))
-        call.update_arg(index, self.runtime[key])
-
-    def _weight(
-        self, site: Site, specs: dict[int, QuantSpec], shared: dict[tuple[ir.Value, QuantSpec], str]
-    ) -> None:
-        spec, data = specs[site.w_index], specs.get(site.x_index)
-        static = data is not None and data.observer != "dynamic"
-        of_data = self._quantizer(site.x) if static else None
-        has_bias = static and constant_bias(site) is not None
-        key = (site.weight, spec)
-        if static or key not in shared:
-            tensor = constant(site.weight)
-            assert tensor is not None
-            shape = tuple(tensor.shape.numpy())
-            quantizer = WeightQuantizer(spec, shape, self.phase, self.learn, of_data, site.kn[1])
-            path = self._named(f"{site.name}_weight", quantizer)
-            if not static:
-                shared[key] = path
-        else:
-            path = shared[key]
-        call = self.calls[site.name]
-        w = call.args[site.w_index]
-        assert isinstance(w, fx.Node)
-        if not has_bias:
-            new = self._call(call, path, (w,))
-            call.update_arg(site.w_index, new)
-        else:
-            assert site.bias_index is not None
-            b = call.args[site.bias_index]
-            assert isinstance(b, fx.Node)
-            new = self._call(call, path, (w, b))
-            with self.graph.inserting_before(call):
-                parts = [self.graph.call_function(getitem, (new, i)) for i in (0, 1)]
-            call.update_arg(site.w_index, parts[0])
-            call.update_arg(site.bias_index, parts[1])
-        new.meta[NODE] = site.name
-        release(site.weight)
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
 def _held(module: nn.Module, node: fx.Node) -> Tensor:
     """What a node stands for that reads a weight, transposed or not."""
     if node.op == "get_attr":
@@ -532,12 +403,6 @@ def _held(module: nn.Module, node: fx.Node) -> Tensor:
     assert node.target is torch.t
     assert isinstance(node.args[0], fx.Node)
     return _held(module, node.args[0]).t()
-
-
-def _values(model: ir.Model) -> Iterator[ir.Value]:
-    yield from model.graph.inputs
-    for node in model.graph:
-        yield from node.outputs
 
 
 def _copied(model: ir.Model) -> ir.Model:
@@ -554,7 +419,7 @@ def _copied(model: ir.Model) -> ir.Model:
 def _constant(model: ir.Model, name: str) -> np.ndarray | None:
     """The initializer, or result of a Constant node, of this name."""
     value = model.graph.initializers.get(name)
-    return array(value or next((v for v in _values(model) if v.name == name), None))
+    return array(value or next((v for v in values(model) if v.name == name), None))
 
 
 def _counterparts(
@@ -569,33 +434,3 @@ def _counterparts(
             yield name, False
         elif data.ndim == 2 and np.array_equal(data.T, before):
             yield name, True
-
-
-def _floats(outputs: Any) -> list[Tensor]:
-    found = outputs if isinstance(outputs, tuple | list) else [outputs]
-    return [y for y in found if isinstance(y, Tensor) and y.is_floating_point()]
-
-
-def _with_residual(node: ir.Node) -> ir.Node:
-    """The Add of two computed values that alone reads what this node computes, or the node."""
-    last = node
-    while len(readers := last.outputs[0].consumers()) == 1 and is_op(readers[0], "Add"):
-        last = readers[0]
-        if not any(constant(value) for value in last.inputs):
-            return last
-    return node
-
-
-def _distances(given: Any, wanted: Any, temperature: float) -> Tensor:
-    """The mean of :func:`_distance` over the outputs."""
-    pairs = zip(_floats(given), _floats(wanted), strict=True)
-    return torch.stack([_distance(y, t, temperature) for y, t in pairs]).mean()
-
-
-def _distance(y: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    if not temperature:
-        return (y - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12)
-    soft = torch.log_softmax(y.flatten(0, -2) / temperature, -1)
-    target = torch.log_softmax(wanted.flatten(0, -2) / temperature, -1)
-    loss = nn.functional.kl_div(soft, target, log_target=True, reduction="batchmean")
-    return loss * temperature**2
