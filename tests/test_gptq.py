@@ -419,7 +419,7 @@ def test_bad_inputs() -> None:
     assert not GPTQ().run(product(), Context(ONNX))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=15, derandomize=True)
 @given(random_graph(), st.sampled_from([INT4, UINT4]), st.integers(0, 2**16))
 def test_any_graph(model: ir.Model, spec: QuantSpec, seed: int) -> None:
     """Verified; with onnxruntime's optimizations or not."""
@@ -428,7 +428,7 @@ def test_any_graph(model: ir.Model, spec: QuantSpec, seed: int) -> None:
     both(model, data[0])
     for remark in context.remarks:
         if remark.pass_name == "gptq" and remark.kind == "applied":
-            assert remark.numbers["noise"] <= remark.numbers["nearest"]
+            assert remark.numbers["noise"] <= remark.numbers["nearest"] * (1 + 1e-6)
 
 
 # --- interrupted ----------------------------------------------------------------------------------
