@@ -38,6 +38,6 @@ def with_residual(node: ir.Node) -> ir.Node:
     last = node
     while len(readers := last.outputs[0].consumers()) == 1 and is_op(readers[0], "Add"):
         last = readers[0]
-        if not any(constant(value) for value in last.inputs):
+        if all(constant(value) is None for value in last.inputs):
             return last
     return node

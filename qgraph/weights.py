@@ -306,9 +306,9 @@ def quantize_in_codebook(w: np.ndarray, blocks: PerBlock, spec: QuantSpec) -> Qu
     step = max(1, CACHED_BYTES // (4 * max(k, 1)))
     parts = [slice(start, start + step) for start in range(0, n, step)]
     seek = spec.observer == "mse"
+    factors = FACTORS if seek else (1.0,)
     for part in parts:
         piece = np.asarray(columns[part], np.float32)
-        factors = FACTORS if seek else (1.0,)
         codes[part], scale[part] = quantize_to_levels(piece, blocks.size, table, factors)
     nested = nest_scales(scale) if spec.double else None
     if nested is not None:  # codes for the scales as they come back: that undoes most of the loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from textwrap import dedent
 
@@ -13,7 +13,7 @@ from qgraph.analysis import Site
 from qgraph.annotation import IN
 from qgraph.backends.cpu import CpuTarget
 from qgraph.backends.onnx import OnnxTarget
-from qgraph.context import Context, Feed
+from qgraph.context import Context, Feed, Item
 from qgraph.pass_manager import Pass, PassManager, stages
 from qgraph.passes.annotate import Annotate, Scheme
 from qgraph.passes.calibrate import Calibrate
@@ -53,6 +53,21 @@ class Shipped(CpuTarget):
 ONNX, CPU = OnnxTarget(), Shipped()
 TARGETS: tuple[Target, ...] = (ONNX, CPU)
 COMMIT: tuple[Pass, ...] = (InsertQDQ(), FoldQDQ(), Lower())
+
+
+@dataclass(frozen=True)
+class Impatient:
+    """A progress display whose user loses patience after so many steps."""
+
+    after: int
+
+    def __call__(
+        self, items: Iterable[Item], title: str, total: int | None = None
+    ) -> Iterator[Item]:
+        for count, item in enumerate(items):
+            if count == self.after:
+                raise KeyboardInterrupt
+            yield item
 
 
 def annotate(scheme: Scheme = "dynamic", **parameters: object) -> tuple[Pass, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from qgraph.compensation import (
     problem,
     round_weight,
 )
-from qgraph.context import Context, Feed, Item
+from qgraph.context import Context, Feed
 from qgraph.errors import CalibrationError, PipelineError, QGraphError
 from qgraph.graph import array
 from qgraph.numerics import sqnr_db
@@ -42,6 +41,7 @@ from tests.pipelines import (
     CPU,
     ONNX,
     TARGETS,
+    Impatient,
     apply,
     body,
     both,
@@ -434,21 +434,6 @@ def test_any_graph(model: ir.Model, spec: QuantSpec, seed: int) -> None:
 # --- interrupted ----------------------------------------------------------------------------------
 
 
-@dataclass
-class _Stop:
-    """A progress display whose user loses patience after so many steps of GPTQ."""
-
-    after: int
-
-    def __call__(
-        self, items: Iterable[Item], title: str, total: int | None = None
-    ) -> Iterator[Item]:
-        for count, item in enumerate(items):
-            if title == "rounding by GPTQ" and count == self.after:
-                raise KeyboardInterrupt
-            yield item
-
-
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resumable, "OVERHEAD", 1e9)
     steps: list[int] = []
@@ -463,7 +448,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def run(cache: Path | None, after: int = 99, damping: float = 0.1) -> dict[str, np.ndarray]:
         model = transformer_block()
         steps.clear()
-        context = Context(ONNX, sentences(), cache=cache, progress=_Stop(after))
+        context = Context(ONNX, sentences(), cache=cache, progress=Impatient(after))
         PassManager((*annotate(), GPTQ(damping=damping))).run(model, context)
         assert len(said(context)) == 7
         return integers(model)

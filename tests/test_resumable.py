@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +11,7 @@ import pytest
 
 from qgraph import resumable
 from qgraph.annotation import INTEGERS
-from qgraph.context import Context, Item
+from qgraph.context import Context
 from qgraph.numerics import Int
 from qgraph.pass_manager import Pass, PassManager
 from qgraph.passes.adaround import AdaRound
@@ -27,7 +25,7 @@ from qgraph.resumable import Arrays, Resumable, from_arrays, to_arrays
 from qgraph.spec import PerBlock, QuantSpec
 from qgraph.weights import Quantized
 from tests.models import feed, transformer_block
-from tests.pipelines import ONNX, annotate
+from tests.pipelines import ONNX, Impatient, annotate
 
 
 def test_results_and_states_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,21 +90,6 @@ def test_what_cannot_be_written_is_said_once(tmp_path: Path) -> None:
 # --- passes ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Stop:
-    """A progress display whose user loses patience after so many steps."""
-
-    after: int
-
-    def __call__(
-        self, items: Iterable[Item], title: str, total: int | None = None
-    ) -> Iterator[Item]:
-        for count, item in enumerate(items):
-            if count == self.after:
-                raise KeyboardInterrupt
-            yield item
-
-
 @pytest.mark.parametrize(
     "work",
     [AWQ(), ClipWeights(), GPTQ(), HQQ(), AdaRound(steps=5), AutoRound(steps=5)],
@@ -129,7 +112,7 @@ def test_an_interrupted_pass_goes_on(
         fresh.clear()
         model = transformer_block()
         context = Context(
-            ONNX, [feed(model, s) for s in range(3)], cache=cache, progress=_Stop(after)
+            ONNX, [feed(model, s) for s in range(3)], cache=cache, progress=Impatient(after)
         )
         few_bits = Rule(("matmul", "gemm"), spec, (None,))
         PassManager((*annotate(rules=(few_bits,)), work)).run(model, context)
