@@ -9,7 +9,7 @@ from qgraph.backends import cpu
 from qgraph.backends.cpu.isa import ISAS
 from qgraph.backends.onnx import OnnxTarget
 from qgraph.errors import QGraphError
-from qgraph.target import Target
+from qgraph.pipeline.target import Target
 
 TARGETS: tuple[tuple[str, str], ...] = (
     ("cpu", "stock onnxruntime on this machine; kernels are chosen by measuring them here"),

@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from qgraph.analysis import Site
-from qgraph.annotation import MOVES
-from qgraph.backends.lowering import inline_functions, lower_products, shield_float
-from qgraph.backends.tables import lower_tables
-from qgraph.context import Context
-from qgraph.graph import is_op
-from qgraph.spec import PerBlock, PerTensor, QuantSpec
-from qgraph.target import Verdict
+from qgraph.backends.lowering.functions import inline_functions
+from qgraph.backends.lowering.products import lower_products
+from qgraph.backends.lowering.shield import shield_float
+from qgraph.backends.lowering.tables import lower_tables
+from qgraph.graph.ops import MOVES
+from qgraph.graph.reading import is_op
+from qgraph.graph.sites import Site
+from qgraph.numerics.spec import PerBlock, PerTensor, QuantSpec
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.target import Verdict
 
 if TYPE_CHECKING:
     import torch
+
 
 GLUE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", *MOVES)
 
@@ -64,6 +67,6 @@ class OnnxTarget:
         return inline_functions(model) or changed
 
     def differentiable(self, model: ir.Model) -> torch.nn.Module:
-        from qgraph.backends.torch_fx import raise_model
+        from qgraph.torch.to_module import raise_model
 
         return raise_model(model)

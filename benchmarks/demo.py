@@ -22,10 +22,10 @@ from rich.console import Console
 import qgraph
 from benchmarks import tasks, zoo
 from benchmarks.variants import quiet
-from qgraph.bench import benchmark
-from qgraph.inspection import row, table
-from qgraph.progress import display
-from qgraph.report import human_size
+from qgraph.cli.progress import display
+from qgraph.report.bench import benchmark
+from qgraph.report.page import human_size
+from qgraph.report.tables import row, table
 
 OUT = Path("demo-out")
 CALIBRATION = 32

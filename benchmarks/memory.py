@@ -103,7 +103,7 @@ def timings(model: str, data: str) -> None:
     """
     import qgraph
     from qgraph.backends import get_target
-    from qgraph.feeds import open_calibration
+    from qgraph.io.feeds import open_calibration
     from qgraph.recipes import get_recipe
 
     source = qgraph.load(model)
@@ -120,7 +120,7 @@ def float_seconds(model: str, data: str) -> float:
     import onnxruntime
 
     import qgraph
-    from qgraph.feeds import open_calibration
+    from qgraph.io.feeds import open_calibration
 
     feeds = open_calibration(data, qgraph.load(model))
     file = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)

@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 import qgraph
 from benchmarks import svg, tasks, zoo
 from benchmarks.tables import Report, parser
-from qgraph.annotation import STATS, product_groups
 from qgraph.backends import get_target
-from qgraph.capture import captured
-from qgraph.observers import Stats
-from qgraph.pass_manager import Pass
-from qgraph.recipes import w8a8
+from qgraph.calibration.capture import captured
+from qgraph.graph.annotation import STATS, product_groups
+from qgraph.numerics.stats import Stats
+from qgraph.pipeline.pass_manager import Pass
+from qgraph.recipes.eight_bits import w8a8
 
 ALPHA, CHUNKS, TOKENS = 0.5, 8, 256
 KINDS = {

@@ -14,7 +14,7 @@ from benchmarks import antibodies, tasks, whisper, zoo
 from benchmarks.metrics import agreement, sqnr_db
 from benchmarks.tasks import Feed, Runner
 from benchmarks.zoo import Array
-from qgraph.model_io import save
+from qgraph.io.models import save
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import onnxruntime
 from rich.console import Console
 
 from qgraph.backends.cpu.isa import host_isa, host_model
-from qgraph.inspection import row, table
+from qgraph.report.tables import row, table
 
 Cell = str | float | int | None
 

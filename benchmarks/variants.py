@@ -22,11 +22,12 @@ from benchmarks import zoo
 from benchmarks.memory import write_feeds
 from benchmarks.subjects import Subject, model_file
 from benchmarks.tasks import Feed
-from qgraph.analysis import FLOATS
 from qgraph.backends import get_target
-from qgraph.graph import constant, dims, is_op, node_name, nodes
-from qgraph.model_io import DATA, SOURCE
-from qgraph.recipes import FLOAT_STAGE, get_recipe
+from qgraph.graph.ops import FLOATS
+from qgraph.graph.reading import constant, dims, is_op, node_name, nodes
+from qgraph.io.models import DATA, SOURCE
+from qgraph.recipes import get_recipe
+from qgraph.recipes.recipe import FLOAT_STAGE
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def must_have_a_verdict(model: Path) -> list[str]:
 
     Every MatMul, Gemm, Conv and ConvTranspose on floats and every Gather on a float weight with
     rows, bodies of control flow included, as they are after the stage that all recipes start with.
-    Found without `qgraph.analysis`, which is under test here.
+    Found without `qgraph.graph.sites`, which is under test here.
     """
     prepared = qgraph.load(model)
     qgraph.PassManager(FLOAT_STAGE).run(prepared, qgraph.Context(get_target("cpu")))

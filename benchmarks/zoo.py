@@ -476,7 +476,7 @@ def _traced(name: str, module: Callable[[], Traceable]) -> Path:
 
     def build(out: Path) -> None:
         import qgraph
-        from qgraph.model_io import save
+        from qgraph.io.models import save
 
         out.mkdir()
         save(qgraph.trace(*module()), out / "model.onnx")

@@ -8,13 +8,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import sites
-from qgraph.annotation import IN, retract
-from qgraph.context import Context
-from qgraph.graph import array, release
-from qgraph.numerics import along, dequantize, quantize_weight, sqnr_db
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import PerAxis, QuantSpec
+from qgraph.graph.annotation import IN, Stage, retract
+from qgraph.graph.reading import array, release
+from qgraph.graph.sites import sites
+from qgraph.numerics.noise import sqnr_db
+from qgraph.numerics.reference import along, dequantize, quantize_weight
+from qgraph.numerics.spec import PerAxis, QuantSpec
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The passes, one file each. Imported as `qgraph.passes`; `ALL` lists them."""
 
+from __future__ import annotations
+
 if __name__ != "qgraph.passes":
     raise ImportError("import this package as qgraph.passes")
 
-from qgraph.pass_manager import Pass
 from qgraph.passes.adaround import AdaRound
 from qgraph.passes.annotate import Annotate
 from qgraph.passes.autoround import AutoRound
@@ -30,6 +31,13 @@ from qgraph.passes.lower import Lower
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.split_outliers import SplitOutliers
 from qgraph.passes.use_bnb4 import UseBnb4
+from qgraph.pipeline.pass_manager import Pass
+
+
+def all_passes() -> dict[str, type[Pass]]:
+    """The passes that come with qgraph, by the name that pipelines use."""
+    return {step.name: step for step in ALL}
+
 
 ALL: tuple[type[Pass], ...] = (
     AdaRound,

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.block_cuts import around_sites
-from qgraph.block_scales import lowest
-from qgraph.context import Context
 from qgraph.errors import QGraphError
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.reconstruction import learnable, reconstruct
-from qgraph.spec import QuantSpec
-from qgraph.weights import Quantized
+from qgraph.graph.annotation import Stage
+from qgraph.graph.cuts import around_sites
+from qgraph.numerics.blocks import lowest
+from qgraph.numerics.quantized import Quantized
+from qgraph.numerics.spec import QuantSpec
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.torch.reconstruction import learnable, reconstruct
 
 if TYPE_CHECKING:
-    from qgraph.learned_rounding import UpOrDown
-    from qgraph.raised_block import Block
+    from qgraph.torch.block import Block
+    from qgraph.torch.learned_rounding import UpOrDown
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ class AdaRound(Pass):
         return bool(sites)
 
     def start(self, w: NDArray[Any], nearest: Quantized, spec: QuantSpec) -> UpOrDown:
-        """See :class:`qgraph.reconstruction.Method`."""
-        from qgraph.learned_rounding import UpOrDown
+        """See :class:`qgraph.torch.reconstruction.Method`."""
+        from qgraph.torch.learned_rounding import UpOrDown
 
         return UpOrDown(w, nearest, lowest(spec), spec.qmax)
 
     def learn(self, block: Block, weights: Sequence[UpOrDown], plain: float, seed: int) -> None:
-        """See :class:`qgraph.reconstruction.Method`."""
-        from qgraph.learned_rounding import batches, learn_up_or_down
+        """See :class:`qgraph.torch.reconstruction.Method`."""
+        from qgraph.torch.learned_rounding import batches, learn_up_or_down
 
         order = batches(len(block.seen), self.batch, self.steps, seed)
         learn_up_or_down(block, weights, plain, self.steps, order)

@@ -11,11 +11,12 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import FLOATS, Site, SiteKind, nested, site_of, sites
-from qgraph.annotation import (
+from qgraph.errors import PipelineError
+from qgraph.graph.annotation import (
     IN,
     INTEGERS,
     SPEC,
+    Stage,
     commit_to,
     describe,
     output_value,
@@ -23,18 +24,25 @@ from qgraph.annotation import (
     static_spec,
     words,
 )
-from qgraph.context import Context
-from qgraph.errors import PipelineError
-from qgraph.graph import array, constant, dims, is_op, node_name, nodes, opset, release
-from qgraph.islands import Cost, settle, size
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import FLOAT8, PerAxis, PerBlock, PerTensor, PerToken, QuantSpec, RangeMethod
-from qgraph.target import Verdict
-
-PER_TOKEN = QuantSpec(ir.DataType.UINT8, PerToken(), symmetric=True, observer="dynamic")
-PER_RUN = QuantSpec(ir.DataType.UINT8, PerTensor(), symmetric=False, observer="dynamic")
-"""Activations with one scale for each run, as DynamicQuantizeLinear computes it."""
-WEIGHT = QuantSpec(ir.DataType.INT8, PerAxis(0), symmetric=True, observer="absmax")
+from qgraph.graph.islands import Cost, settle, size
+from qgraph.graph.ops import FLOATS
+from qgraph.graph.reading import array, constant, dims, is_op, node_name, nodes, opset, release
+from qgraph.graph.sites import Site, SiteKind, nested, site_of, sites
+from qgraph.numerics.spec import (
+    FLOAT8,
+    PER_RUN,
+    PER_TOKEN,
+    SMALL_INTEGERS,
+    WEIGHT,
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    QuantSpec,
+    RangeMethod,
+)
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.pipeline.target import Verdict
 
 Scheme = Literal["static", "dynamic"]
 _USUAL: tuple[RangeMethod, RangeMethod] = ("mse", "minmax")
@@ -54,7 +62,8 @@ class Rule:
         activations: how to quantize the data, best first: the first that the target runs faster
             than float is taken. None, or nothing at all: only the weight is quantized.
         layers: glob on the site's name.
-        where: which of these sites, by what surrounds them (:func:`qgraph.mlp.in_mlp`); None: all.
+        where: which of these sites, by what surrounds them (:func:`qgraph.graph.mlp.in_mlp`);
+            None: all.
         why: reason given for a site kept float.
         by_speed: the activations are as good as each other, so that for `optimize_for=prompt` or
             `decode` the fastest of them is taken.
@@ -106,9 +115,6 @@ _RECURRENT = (
     "recurrent: errors of its weights add up over time steps, and the target has no faster kernel"
 )
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
-SMALL_INTEGERS = 21
-"""Opset from which on DequantizeLinear takes blocks and 4-bit integers, and QuantizeLinear makes
-float8 without a zero point."""
 _NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 SMALL_TABLE = 1 << 16
 """A lookup table of fewer bytes is not worth quantizing."""

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.block_cuts import narrow_points
-from qgraph.block_scales import lowest
-from qgraph.context import Context
 from qgraph.errors import QGraphError
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.reconstruction import learnable, reconstruct
-from qgraph.spec import QuantSpec
-from qgraph.weights import Quantized
+from qgraph.graph.annotation import Stage
+from qgraph.graph.cuts import narrow_points
+from qgraph.numerics.blocks import lowest
+from qgraph.numerics.quantized import Quantized
+from qgraph.numerics.spec import QuantSpec
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.torch.reconstruction import learnable, reconstruct
 
 if TYPE_CHECKING:
-    from qgraph.learned_rounding import Offset
-    from qgraph.raised_block import Block
+    from qgraph.torch.block import Block
+    from qgraph.torch.learned_rounding import Offset
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,14 @@ class AutoRound(Pass):
         return bool(sites)
 
     def start(self, w: NDArray[Any], nearest: Quantized, spec: QuantSpec) -> Offset:
-        """See :class:`qgraph.reconstruction.Method`."""
-        from qgraph.learned_rounding import Offset
+        """See :class:`qgraph.torch.reconstruction.Method`."""
+        from qgraph.torch.learned_rounding import Offset
 
         return Offset(w, nearest, lowest(spec), spec.qmax, spec.symmetric)
 
     def learn(self, block: Block, weights: Sequence[Offset], plain: float, seed: int) -> None:
-        """See :class:`qgraph.reconstruction.Method`."""
-        from qgraph.learned_rounding import batches, learn_offsets
+        """See :class:`qgraph.torch.reconstruction.Method`."""
+        from qgraph.torch.learned_rounding import batches, learn_offsets
 
         order = batches(len(block.seen), self.batch, self.steps, seed)
         learn_offsets(block, weights, plain, self.steps, order)

@@ -9,27 +9,25 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.absorption import Absorption, absorption, divide, merge
-from qgraph.analysis import Site
-from qgraph.annotation import IN, INTEGERS, product_groups
-from qgraph.block_scales import (
-    Float,
-    block_size,
-    columns,
-    fixed_scales,
-    rounding_error,
-    some_columns,
-)
-from qgraph.capture import Rows, captured, first_feeds
-from qgraph.context import Context, Kind
+from qgraph.calibration.capture import Rows, captured, first_feeds
+from qgraph.calibration.resume import kept_for
 from qgraph.errors import QGraphError
-from qgraph.graph import constant, release, remove_dead
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.passes.clip_weights import clipped_scales, gram, output_error
-from qgraph.resumable import Arrays, kept_for
-from qgraph.simulation import rounded_weight
-from qgraph.spec import PerAxis, PerBlock, QuantSpec
-from qgraph.weights import read_elsewhere, scale_inputs
+from qgraph.graph.annotation import IN, INTEGERS, Stage, product_groups
+from qgraph.graph.editing import remove_dead
+from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
+from qgraph.graph.flow.scaling import read_elsewhere, scale_inputs
+from qgraph.graph.reading import constant, release
+from qgraph.graph.sites import Site
+from qgraph.numerics.blocks import block_size, rounding_error
+from qgraph.numerics.quantized import Arrays
+from qgraph.numerics.reference import Float
+from qgraph.numerics.spec import PerAxis, PerBlock, QuantSpec
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.pipeline.remarks import Kind
+from qgraph.weights.clipping import clipped_scales, gram, output_error
+from qgraph.weights.formats import rounded_weight
+from qgraph.weights.search import columns, fixed_scales, some_columns
 
 TOKENS = 1024
 """About so many tokens are captured of each product's data."""

@@ -9,22 +9,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import Site, sites
-from qgraph.annotation import IN, SPEC, STATS
-from qgraph.context import Context
-from qgraph.graph import (
-    add_constant,
-    array,
-    constant,
-    dims,
-    insert,
-    redirect,
-    release,
-    remove_dead,
-    unmap,
-)
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import PerAxis, PerBlock, QuantSpec
+from qgraph.graph.annotation import IN, SPEC, STATS, Stage
+from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
+from qgraph.graph.reading import array, constant, dims, release, unmap
+from qgraph.graph.sites import Site, sites
+from qgraph.numerics.spec import PerAxis, PerBlock, QuantSpec
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 ROWS = 256
 """Rows of a table read at a time."""

@@ -10,17 +10,20 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.analysis import Site, bias_use, by_input_channel, site_of
-from qgraph.annotation import IN, STATS
-from qgraph.context import Context, Remarks, silent
 from qgraph.errors import CalibrationError
-from qgraph.graph import add_constant, array, attribute, dims, release, remove_dead
-from qgraph.kv_cache import complete_feed
-from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.graph.annotation import IN, STATS, Stage
+from qgraph.graph.editing import add_constant, remove_dead
+from qgraph.graph.reading import array, attribute, dims, release
+from qgraph.graph.sites import Site, bias_use, by_input_channel, site_of
+from qgraph.io.kv_cache import complete_feed
+from qgraph.io.session import open_session, run
+from qgraph.numerics.spec import PerAxis, PerTensor, QuantSpec
 from qgraph.passes.insert_qdq import InsertQDQ
-from qgraph.session import open_session, run
-from qgraph.spec import PerAxis, PerTensor, QuantSpec
-from qgraph.weights import quantize_site
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.pipeline.progress import silent
+from qgraph.pipeline.remarks import Remarks
+from qgraph.weights.site_weight import quantize_site
 
 Double = NDArray[np.float64]
 

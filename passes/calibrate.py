@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from operator import length_hint
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
-from zipfile import BadZipFile
+from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from qgraph.annotation import STATS
-from qgraph.context import Context, Feed
+from qgraph.calibration.collect import _collect, reductions
+from qgraph.calibration.resume import read_stats, stats_file, write_stats
 from qgraph.errors import CalibrationError
-from qgraph.functions import OBSERVER, is_call, undeclare_unused
-from qgraph.graph import insert, opset, redirect, remove_dead
-from qgraph.kv_cache import complete_feed
-from qgraph.observers import BitHistogram, Stats, Wanted
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.session import open_session
-from qgraph.text import to_text
-
-RAW_BYTES = 256 << 20
-"""Values whose histogram is wanted leave the session whole, at most this many bytes in one run."""
+from qgraph.graph.annotation import STATS, Stage
+from qgraph.graph.editing import redirect
+from qgraph.graph.functions import OBSERVER, is_call, undeclare_unused
+from qgraph.numerics.stats import Stats, Wanted
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Calibrate(Pass):
     cache folder in the context, statistics are kept by the content of weights, graph and data.
 
     Source: Krishnamoorthi 2018, section 3.1 (calibration); histogram bins are float32 bit patterns,
-    see :class:`qgraph.observers.BitHistogram`.
+    see :class:`qgraph.numerics.histogram.BitHistogram`.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -66,8 +57,8 @@ class Calibrate(Pass):
             _observed(node): node.meta["qgraph.wanted"] for node in observers
         }
         probe = reductions(model, wanted)
-        kept = _cache_file(probe, context)
-        stats = _read(kept, wanted) if kept is not None else None
+        kept = stats_file(probe, context)
+        stats = read_stats(kept, wanted) if kept is not None else None
         if stats is None:
             stats = _collect(model, probe, wanted, context)
             if kept is not None:
@@ -85,7 +76,7 @@ class Calibrate(Pass):
 
     def _keep(self, file: Path, stats: Mapping[str, Stats], context: Context) -> None:
         try:
-            _write(file, stats)
+            write_stats(file, stats)
         except OSError as error:
             why = f"the statistics cannot be kept in {file.parent}: {error.strerror}"
             context.remark("warning", self.name, "", "", why)
@@ -96,200 +87,3 @@ def _observed(node: ir.Node) -> str:
     assert value is not None
     assert value.name
     return value.name
-
-
-def reductions(model: ir.Model, wanted: Mapping[str, Wanted]) -> ir.Model:
-    """A copy of `model` that computes only reductions of the observed values.
-
-    Its outputs are named `<value>|<statistic>`; `<value>|raw` is the value itself.
-    """
-    probe = model.clone()
-    graph = probe.graph
-    graph.outputs.clear()
-    for node in [n for n in graph if is_call(n, OBSERVER)]:
-        value = node.inputs[0]
-        assert value is not None
-        assert value.name
-        for name, output in _reduce(probe, node, value, wanted[value.name]).items():
-            output.name = f"{value.name}|{name}"
-            graph.outputs.append(output)
-        redirect(node.outputs[0], value, keep=[])
-    for node in [n for n in graph if is_call(n, OBSERVER)]:
-        graph.remove(node, safe=True)
-    undeclare_unused(probe)
-    remove_dead(probe)
-    for node in graph.all_nodes():
-        node.meta.clear()
-        for value in (*node.inputs, *node.outputs):
-            if value is not None:
-                value.meta.clear()
-    return probe
-
-
-def _reduce(model: ir.Model, node: ir.Node, x: ir.Value, wanted: Wanted) -> dict[str, ir.Value]:
-    def op(
-        op_type: str, *inputs: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any
-    ) -> ir.Value:
-        made = insert(
-            model, node, op_type, inputs, base=f"{x.name}/{op_type}", attributes=attributes
-        )
-        made.outputs[0].type = ir.TensorType(dtype)
-        return made.outputs[0]
-
-    wide = x
-    if x.dtype not in (ir.DataType.FLOAT, None):
-        wide = op("Cast", x, to=int(ir.DataType.FLOAT))
-    found = {
-        "low": op("ReduceMin", wide, keepdims=0),
-        "high": op("ReduceMax", wide, keepdims=0),
-        "sum": op("ReduceSum", wide, keepdims=0),  # onnxruntime's extremes ignore NaN
-        "size": op("Size", wide, dtype=ir.DataType.INT64),
-    }
-    if wanted.token_power:
-        found["power"] = _reduced(model, op, "ReduceMean", op("Mul", wide, wide), [-1])
-    if (others := _other_axes(wanted.channel_mean_axis, x)) is not None:
-        found["mean"] = _reduced(model, op, "ReduceMean", wide, others)
-    if (others := _other_axes(wanted.channel_range_axis, x)) is not None:
-        found["channel_low"] = _reduced(model, op, "ReduceMin", wide, others)
-        found["channel_high"] = _reduced(model, op, "ReduceMax", wide, others)
-    if wanted.histogram:
-        found["raw"] = op("Identity", wide)
-    return found
-
-
-def _other_axes(axis: int | None, x: ir.Value) -> list[int] | None:
-    rank = len(x.shape) if x.shape is not None else 0
-    if axis is None or rank < 2:
-        return None
-    return [i for i in range(rank) if i != axis % rank]
-
-
-def _reduced(model: ir.Model, op: Any, op_type: str, x: ir.Value, axes: list[int]) -> ir.Value:
-    """A reduction over `axes`, which became an input in opset 18."""
-    if opset(model) < 18:
-        return op(op_type, x, axes=axes, keepdims=0)  # type: ignore[no-any-return]
-    given = op("Constant", value_ints=axes, dtype=ir.DataType.INT64)
-    return op(op_type, x, given, keepdims=0)  # type: ignore[no-any-return]
-
-
-def _collect(
-    model: ir.Model, probe: ir.Model, wanted: Mapping[str, Wanted], context: Context
-) -> dict[str, Stats]:
-    assert context.calibration is not None
-    session = open_session(probe)
-    outputs = [o.name for o in session.get_outputs()]
-    inputs = {i.name for i in session.get_inputs()}
-    stats = {name: Stats() for name in wanted}
-    groups: list[list[str]] | None = None
-    total = length_hint(context.calibration) or None
-    seen = 0
-    for index, feed in enumerate(context.progress(context.calibration, "calibrating", total)):
-        complete = complete_feed(model, feed)
-        given = {k: v for k, v in complete.items() if k in inputs}
-        groups = groups or _groups(session, outputs, given, index, context.max_memory)
-        for names in groups:
-            _fold(stats, wanted, names, _run(session, names, given, index))
-        seen += 1
-    if not seen:
-        raise CalibrationError("the calibration data holds no samples: give at least one")
-    return stats
-
-
-def _run(session: Any, names: list[str], feed: Feed, index: int) -> list[np.ndarray]:
-    try:
-        return list(session.run(names, feed))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise CalibrationError(
-            f"the model does not run on calibration feed {index}: {reason}"
-        ) from error
-
-
-def _groups(
-    session: Any, outputs: list[str], feed: Feed, index: int, max_memory: int | None
-) -> list[list[str]]:
-    """Sets of outputs to fetch together, so that raw values stay within bounds: `RAW_BYTES`, and
-    a quarter of what the user allows."""
-    limit = min(RAW_BYTES, (max_memory or 4 * RAW_BYTES) // 4)
-    small = [name for name in outputs if not name.endswith("|raw")]
-    if len(small) == len(outputs):
-        return [outputs]
-    sizes = dict(zip(small, _run(session, small, feed, index), strict=True))
-    groups, held = [small], 0
-    for name in (n for n in outputs if n.endswith("|raw")):
-        held += 4 * int(sizes[name.removesuffix("raw") + "size"])
-        if held > limit:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-    return groups
-
-
-def _fold(
-    stats: dict[str, Stats],
-    wanted: Mapping[str, Wanted],
-    names: list[str],
-    arrays: list[np.ndarray],
-) -> None:
-    """Merge one run's outputs into the statistics."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for name, result in zip(names, arrays, strict=True):
-        value, _, statistic = name.rpartition("|")
-        found.setdefault(value, {})[statistic] = result
-    for value, parts in found.items():
-        if "size" in parts and not parts["size"]:
-            continue
-        if "size" in parts:
-            new = Stats(int(parts["size"]), float(parts["low"]), float(parts["high"]))
-            if not np.isfinite([new.low, new.high]).all() or np.isnan(parts["sum"]):
-                raise CalibrationError(
-                    f"'{value}' becomes NaN or infinite on the calibration data: "
-                    "check the data, and that the float model is sound on it"
-                )
-            if "power" in parts:
-                new = replace(new, token_power=BitHistogram.of(parts["power"]))
-            if "mean" in parts:
-                new = replace(new, channel_mean=parts["mean"].astype(np.float64))
-            if "channel_low" in parts:
-                low, high = (parts[f"channel_{end}"].astype(np.float64) for end in ("low", "high"))
-                new = replace(new, channel_low=low, channel_high=high)
-            if wanted[value].histogram:
-                new = replace(new, histogram=BitHistogram())
-            stats[value] = stats[value].merge(new)
-        if "raw" in parts and parts["raw"].size:
-            histogram = stats[value].histogram
-            assert histogram is not None
-            histogram.add(parts["raw"])
-
-
-def _cache_file(probe: ir.Model, context: Context) -> Path | None:
-    """Where the statistics that this graph, its weights included, finds in this data are kept."""
-    if context.cache is None or context.calibration is None:
-        return None
-    digest = hashlib.blake2b(to_text(probe).encode(), digest_size=16)
-    for feed in context.calibration:
-        for name, data in sorted(feed.items()):
-            digest.update(f"{name} {data.dtype} {data.shape}".encode())
-            digest.update(np.ascontiguousarray(data).tobytes())
-    return Path(context.cache) / f"calibration-{digest.hexdigest()}.npz"
-
-
-def _write(path: Path, stats: Mapping[str, Stats]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {f"{name}|{k}": v for name, s in stats.items() for k, v in s.to_arrays().items()}
-    aside = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(aside, **arrays)  # type: ignore[arg-type]
-    aside.replace(path)
-
-
-def _read(path: Path, names: Collection[str]) -> dict[str, Stats] | None:
-    """What was kept of these values, or None where nothing whole was."""
-    parts: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
-    try:
-        with path.open("rb") as file, np.load(file) as stored:
-            for key in stored.files:
-                name, _, part = key.rpartition("|")
-                parts[name][part] = stored[key]
-        return {name: Stats.from_arrays(arrays) for name, arrays in parts.items()}
-    except (OSError, EOFError, KeyError, ValueError, BadZipFile):
-        return None

@@ -12,22 +12,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qgraph.context import Context
-from qgraph.graph import (
-    add_constant,
-    array,
-    attribute,
-    constant,
-    dims,
-    infer_types,
-    is_op,
-    redirect,
-    remove_dead,
-    unique_names,
-)
-from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.graph.annotation import Stage
+from qgraph.graph.editing import add_constant, redirect, remove_dead
+from qgraph.graph.names import unique_names
+from qgraph.graph.reading import INLINE_BYTES, array, attribute, constant, dims, is_op
+from qgraph.graph.types import infer_types
 from qgraph.passes.fold_constants import FoldConstants
-from qgraph.session import INLINE_BYTES
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qgraph.context import Context
-from qgraph.graph import (
-    add_constant,
-    constant,
-    fresh_name,
-    infer_types,
-    is_op,
-    node_name,
-    nodes,
-    opset,
-    redirect,
-)
-from qgraph.pass_manager import Contract, Pass
-from qgraph.passes.fold_constants import lift_constant
-from qgraph.session import INLINE_BYTES
+from qgraph.graph.editing import add_constant, lift_constant, redirect
+from qgraph.graph.names import fresh_name
+from qgraph.graph.reading import INLINE_BYTES, constant, is_op, node_name, nodes, opset
+from qgraph.graph.types import infer_types
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 
 @dataclass(frozen=True)

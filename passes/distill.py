@@ -9,19 +9,24 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.analysis import Site, lowest_value
-from qgraph.annotation import IN, product_groups
-from qgraph.block_scales import lowest
-from qgraph.capture import Rows, captured
-from qgraph.context import Context
+from qgraph.calibration.capture import Rows, captured
 from qgraph.errors import QGraphError
-from qgraph.graph import array, release, remove_dead
-from qgraph.numerics import Int, can_saturate
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.simulation import relative_noise, rounded_data, unit_power
-from qgraph.spec import QuantSpec
-from qgraph.target import Target
-from qgraph.weights import Quantized, quantize_site, reduction_rows, replace_weight
+from qgraph.graph.annotation import IN, Stage, product_groups
+from qgraph.graph.editing import remove_dead
+from qgraph.graph.ops import lowest_value
+from qgraph.graph.reading import array, release
+from qgraph.graph.sites import Site, reduction_rows
+from qgraph.numerics.blocks import lowest
+from qgraph.numerics.noise import relative_noise, unit_power
+from qgraph.numerics.quantized import Quantized
+from qgraph.numerics.reference import Int
+from qgraph.numerics.saturation import can_saturate
+from qgraph.numerics.spec import QuantSpec
+from qgraph.numerics.tokens import rounded_data
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.pipeline.target import Target
+from qgraph.weights.site_weight import quantize_site, replace_weight
 
 TOKENS = 2048
 """About so many tokens are captured of each product's data."""

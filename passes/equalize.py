@@ -10,11 +10,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.analysis import Site, bias_use, by_input_channel, only_user, site_of
-from qgraph.context import Context
-from qgraph.graph import add_constant, array, is_op, node_name, release, remove_dead
-from qgraph.numerics import along
-from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.graph.annotation import Stage
+from qgraph.graph.editing import add_constant, remove_dead
+from qgraph.graph.reading import array, is_op, node_name, release
+from qgraph.graph.sites import Site, bias_use, by_input_channel, only_user, site_of
+from qgraph.numerics.reference import along
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 Double = NDArray[np.float64]
 Use = tuple[ir.Node, int]

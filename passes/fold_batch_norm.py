@@ -8,21 +8,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import Site, site_of
-from qgraph.context import Context
-from qgraph.graph import (
-    add_constant,
-    array,
-    attribute,
-    dims,
-    insert,
-    is_op,
-    node_name,
-    redirect,
-    remove_dead,
-)
-from qgraph.numerics import along
-from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.graph.annotation import Stage
+from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
+from qgraph.graph.reading import array, attribute, dims, is_op, node_name
+from qgraph.graph.sites import Site, site_of
+from qgraph.numerics.reference import along
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 Affine = tuple[np.ndarray, np.ndarray]
 """Scale and shift of a map y_c = scale_c · x_c + shift_c of each channel c, float64 (C,)."""

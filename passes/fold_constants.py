@@ -10,10 +10,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.context import Context
-from qgraph.graph import attribute, constant, fresh_name, infer_types, is_op, unique_names
-from qgraph.pass_manager import Contract, Pass
-from qgraph.session import INLINE_BYTES, open_session, run
+from qgraph.graph.editing import _replace, lift_constant
+from qgraph.graph.names import fresh_name, unique_names
+from qgraph.graph.reading import attribute, constant, is_op
+from qgraph.graph.types import infer_types
+from qgraph.io.session import open_session, run
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 KEPT = (
     *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
@@ -213,38 +216,6 @@ def _on_demand(
 
     shape = ir.Shape(output.shape.numpy())
     return ir.LazyTensor(compute, dtype=output.dtype, shape=shape, name=output.name)
-
-
-def lift_constant(model: ir.Model, node: ir.Node) -> bool:
-    """Turn a Constant node into an initializer. False for other nodes, sparse ones and strings."""
-    if not is_op(node, "Constant") or node.outputs[0].is_graph_output():
-        return False
-    if node.attributes.keys() & {"sparse_value", "value_string", "value_strings"}:
-        return False
-    tensor = ir.convenience.get_const_tensor(node.outputs[0])
-    assert tensor is not None
-    _replace(model, node, [tensor])
-    return True
-
-
-def _replace(model: ir.Model, node: ir.Node, tensors: Sequence[ir.TensorProtocol]) -> None:
-    """Put initializers in the place of `node`'s outputs."""
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    pairs = [(v, t) for v, t in zip(node.outputs, tensors, strict=True) if v.name and v.uses()]
-    for old, tensor in pairs:
-        new = ir.Value(
-            shape=ir.Shape(tensor.shape.numpy()),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-            metadata_props=dict(old.metadata_props),
-        )
-        new.meta.update(old.meta)
-        old.replace_all_uses_with(new)
-        new.name, old.name = old.name, None
-        home = graph if tensor.nbytes <= INLINE_BYTES else model.graph
-        home.register_initializer(new)
-    graph.remove(node, safe=True)
 
 
 def _ifs(model: ir.Model) -> list[ir.Node]:

@@ -8,11 +8,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.annotation import MOVES
-from qgraph.context import Context
-from qgraph.graph import array, graphs, is_op, redirect, remove_dead, scope
-from qgraph.numerics import quantize
-from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.graph.annotation import Stage
+from qgraph.graph.editing import redirect, remove_dead
+from qgraph.graph.ops import MOVES
+from qgraph.graph.reading import array, graphs, is_op, scope
+from qgraph.numerics.reference import quantize
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 _RANGES = {
     ir.DataType.UINT8: (0, 255),

@@ -8,19 +8,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.context import Context
-from qgraph.graph import (
-    add_constant,
-    array,
-    dims,
-    infer_types,
-    insert,
-    is_op,
-    node_name,
-    redirect,
-    remove_dead,
-)
-from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.graph.annotation import Stage
+from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
+from qgraph.graph.reading import array, dims, is_op, node_name
+from qgraph.graph.types import infer_types
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 Attributes = dict[str, ir.Attr | int | float | str | list[int]]
 

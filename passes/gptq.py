@@ -10,17 +10,19 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import Site, site_of
-from qgraph.annotation import IN, annotated, product_groups
-from qgraph.block_scales import unroundable
-from qgraph.compensation import Float, Rounded, gram_matrices, problem, round_weight
-from qgraph.context import Context
+from qgraph.calibration.resume import kept_for
+from qgraph.calibration.walk import Walk
 from qgraph.errors import CalibrationError, QGraphError
-from qgraph.graph import array, release, remove_dead
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.pieces import Walk
-from qgraph.resumable import Arrays, from_arrays, kept_for, to_arrays
-from qgraph.weights import Quantized, quantize_site, replace_weight
+from qgraph.graph.annotation import IN, Stage, annotated, product_groups
+from qgraph.graph.editing import remove_dead
+from qgraph.graph.reading import array, release
+from qgraph.graph.sites import Site, site_of
+from qgraph.numerics.quantized import Arrays, Quantized, from_arrays, to_arrays
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.weights.gptq import Float, Rounded, gram_matrices, problem, round_weight
+from qgraph.weights.search import unroundable
+from qgraph.weights.site_weight import quantize_site, replace_weight
 
 MASK = "attention_mask"
 """The input that tells tokens from padding, if a model has one."""
@@ -61,7 +63,7 @@ class GPTQ(Pass):
             where the Gram matrix is singular in spite of it.
 
     Source: Frantar et al. 2022, "GPTQ", eq. 2-3 and algorithm 1; Li et al. 2025, "GPTAQ", for what
-    is asked of the products (their eq. 5; :func:`qgraph.compensation.correction` solves it whole).
+    is asked of the products (their eq. 5; :func:`qgraph.weights.gptq.correction` solves it whole).
     """
 
     name: ClassVar[str] = "gptq"

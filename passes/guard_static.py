@@ -8,11 +8,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import Site, site_of
-from qgraph.annotation import (
+from qgraph.graph.annotation import (
     IN,
     SPEC,
     STATS,
+    Stage,
     annotated,
     commit_to,
     describe,
@@ -20,13 +20,13 @@ from qgraph.annotation import (
     retract,
     static_spec,
 )
-from qgraph.context import Context
-from qgraph.graph import is_op, node_name
-from qgraph.numerics import scale_zero_point
-from qgraph.observers import Stats, find_range, token_sqnr_db
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.passes.annotate import PER_TOKEN
-from qgraph.spec import PerTensor, QuantSpec
+from qgraph.graph.reading import is_op, node_name
+from qgraph.graph.sites import Site, site_of
+from qgraph.numerics.reference import scale_zero_point
+from qgraph.numerics.spec import PER_TOKEN, PerTensor, QuantSpec
+from qgraph.numerics.stats import Stats, find_range, token_sqnr_db
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 _UNREACHED = "calibration data never reached it"
 

@@ -9,27 +9,19 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.analysis import Site
-from qgraph.annotation import product_groups
-from qgraph.block_scales import (
-    Float,
-    Scales,
-    block_sums,
-    full_range,
-    lowest,
-    rounded_site,
-    rounding_error,
-    spread,
-    unsearchable,
-)
-from qgraph.context import Context
+from qgraph.calibration.resume import kept_for
 from qgraph.errors import QGraphError
-from qgraph.graph import remove_dead
-from qgraph.numerics import Int
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.resumable import from_arrays, kept_for, to_arrays
-from qgraph.spec import QuantSpec
-from qgraph.weights import Quantized, replace_weight
+from qgraph.graph.annotation import Stage, product_groups
+from qgraph.graph.editing import remove_dead
+from qgraph.graph.sites import Site
+from qgraph.numerics.blocks import Scales, block_sums, full_range, lowest, rounding_error, spread
+from qgraph.numerics.quantized import Quantized, from_arrays, to_arrays
+from qgraph.numerics.reference import Float, Int
+from qgraph.numerics.spec import QuantSpec
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.weights.search import rounded_site, unsearchable
+from qgraph.weights.site_weight import replace_weight
 
 BETA, KAPPA = 10.0, 1.01
 """How strongly the two problems are coupled, errors in units of a step, and how that grows."""

@@ -8,17 +8,14 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qgraph.analysis import Site, site_of
-from qgraph.annotation import IN, product_groups, static_specs
-from qgraph.context import Context
-from qgraph.functions import OBSERVER, declare
-from qgraph.graph import insert
-from qgraph.observers import Wanted
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import PerTensor, QuantSpec
-
-WANTED = "qgraph.wanted"
-"""Key in the meta of an Observer node: what to collect, a :class:`qgraph.observers.Wanted`."""
+from qgraph.graph.annotation import IN, WANTED, Stage, product_groups, static_specs
+from qgraph.graph.editing import insert
+from qgraph.graph.functions import OBSERVER, declare
+from qgraph.graph.sites import Site, site_of
+from qgraph.numerics.spec import PerTensor, QuantSpec
+from qgraph.numerics.stats import Wanted
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 
 @dataclass(frozen=True)

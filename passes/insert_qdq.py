@@ -9,42 +9,36 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import Site, lowest_value, only_user, site_of
-from qgraph.annotation import (
+from qgraph.graph.annotation import (
     IN,
     INTEGERS,
-    MOVES,
     SCALE,
     SPEC,
     STATS,
+    Stage,
     annotated,
     output_value,
     static_spec,
 )
-from qgraph.context import Context
-from qgraph.functions import (
+from qgraph.graph.editing import add_constant, insert, redirect, remove_dead, shared_constant
+from qgraph.graph.functions import (
     DEQUANTIZE_PER_TOKEN,
     QUANTIZE_PER_TOKEN,
     ROUND_IN_BLOCKS,
     declare,
     grid_values,
 )
-from qgraph.graph import (
-    add_constant,
-    array,
-    constant,
-    insert,
-    is_op,
-    redirect,
-    release,
-    remove_dead,
-    shared_constant,
-)
-from qgraph.numerics import SYMMETRIC_GRID, quantize_bias, token_grid
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import FLOAT8, PerBlock, PerToken, QuantSpec
-from qgraph.stored_weights import write_codebook, write_float8
-from qgraph.weights import NUMPY, activation_scale, constant_bias, quantize_site
+from qgraph.graph.ops import MOVES, lowest_value
+from qgraph.graph.reading import array, constant, is_op, release
+from qgraph.graph.sites import Site, only_user, site_of
+from qgraph.numerics.reference import quantize_bias
+from qgraph.numerics.spec import FLOAT8, NUMPY, PerBlock, PerToken, QuantSpec
+from qgraph.numerics.tokens import SYMMETRIC_GRID, token_grid
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.weights.formats.codebook import write_codebook
+from qgraph.weights.formats.float8 import write_float8
+from qgraph.weights.site_weight import activation_scale, constant_bias, quantize_site
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class InsertQDQ(Pass):
     a zero point if any is not 0.
 
     Weights whose codes are places in a table, and float8, are computed from what is stored by other
-    nodes, see :mod:`qgraph.stored_weights`.
+    nodes, see :mod:`qgraph.weights.formats.codebook`.
 
     Source: Jacob et al. 2018, eq. 1-7 (affine quantization, int32 bias); Yao et al. 2022,
     "ZeroQuant", section 4.1 (group-wise weights).

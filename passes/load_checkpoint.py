@@ -11,33 +11,21 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.analysis import FLOATS, Site, site_of
-from qgraph.annotation import INTEGERS
-from qgraph.checkpoints import Checkpoint
-from qgraph.context import Context, Kind
 from qgraph.errors import ModelError, QGraphError
-from qgraph.graph import (
-    add_constant,
-    array,
-    constant,
-    dims,
-    insert,
-    release,
-    remove_dead,
-)
-from qgraph.module_names import aligned, modules, parts_of
-from qgraph.packed_layers import Layer, joined
-from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.graph.annotation import INTEGERS, Stage
+from qgraph.graph.editing import add_constant, insert, remove_dead
+from qgraph.graph.ops import FLOATS
+from qgraph.graph.provenance import modules
+from qgraph.graph.reading import array, constant, dims, release
+from qgraph.graph.sites import Site, site_of
+from qgraph.io.checkpoints.checkpoint import Checkpoint
+from qgraph.io.checkpoints.names import aligned, parts_of
+from qgraph.io.checkpoints.packed_layers import Layer, joined
+from qgraph.io.checkpoints.resemblance import SHIFTED, UNLIKE, Float, _near, _tied, _unlike, fitted
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.pipeline.remarks import Kind
 
-Float = NDArray[np.float32]
-
-UNLIKE = 0.75
-"""Relative distance from the graph's weights at which a layer must be another one, or misread.
-Two bits come to 0.6, matrices that have nothing in common to 1."""
-SHIFTED = 0.5
-"""Steps by which weights may differ on average; zero points read wrongly come to 1."""
-SAME = 0.02
-"""Relative distance at which tensors that are not quantized are the same but for rounding."""
 ONE_MORE = (
     "gemma",
     "nemotron",
@@ -95,7 +83,7 @@ class LoadCheckpoint(Pass):
             checkpoint does not have stay. Without it the graph's weights mean nothing (a skeleton
             with random ones), and every product must be in the checkpoint.
 
-    Source: the formats named in :mod:`qgraph.packed_layers`.
+    Source: the formats named in :mod:`qgraph.io.checkpoints.packed_layers`.
     """
 
     name: ClassVar[str] = "load-checkpoint"
@@ -381,27 +369,12 @@ class _Loading:
             self._place_vector(found + 1 if votes > 0 else found, node, index)
 
 
-def _near(found: NDArray[Any], old: NDArray[Any] | None) -> bool:
-    """Whether they are the same but for rounding."""
-    assert old is not None
-    size = np.linalg.norm(old.astype(np.float32))
-    rest = found.astype(np.float32).reshape(old.shape) - old
-    return bool(np.linalg.norm(rest) <= SAME * size)
-
-
 def _is_vector(value: ir.Value | None, size: int) -> bool:
     """Whether it is a constant of that many floats along one axis."""
     tensor = constant(value)
     if tensor is None or tensor.dtype not in FLOATS:
         return False
     return tensor.size == size and size in (*tensor.shape.numpy(), 1)
-
-
-def _tied(table: ir.Value, site: Site) -> bool:
-    rows, w = array(table), array(site.weight)
-    assert rows is not None
-    assert w is not None
-    return np.array_equal(rows, w if site.axis == 0 else w.T)
 
 
 def _matrix(checkpoint: Checkpoint, part: str) -> Float:
@@ -422,25 +395,3 @@ def _misfit(what: str, found: tuple[int, ...], site: Site, given: tuple[int, ...
         f"layer '{what}' of the checkpoint is {have}, but '{site.name}' of the graph is {want}: "
         "give a graph of the same model"
     )
-
-
-def _unlike(part: str, site: Site, apart: float | None = None) -> ModelError:
-    distance = "" if apart is None else f" (distance {apart:.2f})"
-    return ModelError(
-        f"layer '{part}' of the checkpoint does not resemble '{site.name}' of the graph{distance}: "
-        "give its float model, or check=false if the weights of the graph are random"
-    )
-
-
-def fitted(given: Float, wanted: Float) -> Float:
-    """`given` with its rows, then its columns, each times the factor that brings it nearest to
-    `wanted`, by least squares.
-
-    Args:
-        given, wanted: (K, N).
-    """
-    for axis in (1, 0):
-        power = np.square(given).sum(axis=axis, keepdims=True)
-        product = (given * wanted).sum(axis=axis, keepdims=True)
-        given = given * (product / np.where(power > 0, power, 1))
-    return given

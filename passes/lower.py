@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qgraph.context import Context
-from qgraph.graph import remove_dead
-from qgraph.pass_manager import Contract, Pass, Stage
+from qgraph.graph.annotation import Stage
+from qgraph.graph.editing import remove_dead
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,24 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.absorption import Absorption, absorption, divide, merge
-from qgraph.analysis import Site, lowest_value
-from qgraph.annotation import IN, STATS, product_groups
-from qgraph.capture import Rows, captured
-from qgraph.context import Context, Kind
+from qgraph.calibration.capture import Rows, captured
 from qgraph.errors import QGraphError
-from qgraph.graph import add_constant, array, insert, release, remove_dead
-from qgraph.numerics import along
-from qgraph.observers import Stats
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.simulation import relative_noise, rounded_data, rounded_weight
-from qgraph.spec import QuantSpec
-from qgraph.weights import input_peaks, read_elsewhere, scale_inputs, unscalable
+from qgraph.graph.annotation import IN, STATS, Stage, product_groups
+from qgraph.graph.editing import add_constant, insert, remove_dead
+from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
+from qgraph.graph.flow.scaling import input_peaks, read_elsewhere, scale_inputs, unscalable
+from qgraph.graph.ops import lowest_value
+from qgraph.graph.reading import array, release
+from qgraph.graph.sites import Site
+from qgraph.numerics.noise import relative_noise
+from qgraph.numerics.reference import along
+from qgraph.numerics.spec import QuantSpec
+from qgraph.numerics.stats import Stats
+from qgraph.numerics.tokens import rounded_data
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.pipeline.remarks import Kind
+from qgraph.weights.formats import rounded_weight
 
 Float = NDArray[np.float32]
 GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -54,8 +59,9 @@ class Smooth(Pass):
 
     with s_j = max|x_j|^α / max|w_j|^(1-α) over all readers. The factors go where the graph has room
     for them: norm weights, columns of the product before, also through the gating product of an MLP
-    and through attention values (:mod:`qgraph.absorption`). Where there is none, as behind a
-    normalization that the residual reads too, a Mul is inserted if that at least halves the noise.
+    and through attention values (:mod:`qgraph.graph.flow.absorption`). Where there is none, as
+    behind a normalization that the residual reads too, a Mul is inserted if that at least halves
+    the noise.
 
     Attributes:
         alpha: share of the magnitude that moves into the weights, 0 to 1. The paper uses 0.5 for

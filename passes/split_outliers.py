@@ -9,25 +9,18 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.absorption import Absorption, absorption, divide, merge
-from qgraph.analysis import Site, only_user
-from qgraph.annotation import IN, SPEC, STATS, product_groups
-from qgraph.context import Context, Kind
 from qgraph.errors import QGraphError
-from qgraph.graph import (
-    add_constant,
-    array,
-    attribute,
-    insert,
-    is_op,
-    redirect,
-    release,
-    remove_dead,
-)
-from qgraph.observers import Stats
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.spec import PerTensor
-from qgraph.weights import input_peaks, read_elsewhere, scale_inputs, unscalable
+from qgraph.graph.annotation import IN, SPEC, STATS, Stage, product_groups
+from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
+from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
+from qgraph.graph.flow.scaling import input_peaks, read_elsewhere, scale_inputs, unscalable
+from qgraph.graph.reading import array, attribute, is_op, release
+from qgraph.graph.sites import Site, only_user
+from qgraph.numerics.spec import PerTensor
+from qgraph.numerics.stats import Stats
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.pipeline.remarks import Kind
 
 Indices = NDArray[np.int64]
 HUSH = np.float32(2.0**24)
@@ -49,8 +42,8 @@ class SplitOutliers(Pass):
                                       └─ Gather(o) ── MatMul(W[o]) ─────────┘
 
     Hushing means dividing by 2^24, absorbed in the constants that make x (norm weights, the columns
-    of the product before: :mod:`qgraph.absorption`), which the small product multiplies back; where
-    no constant can take it, x is multiplied by a mask of zeros and ones.
+    of the product before: :mod:`qgraph.graph.flow.absorption`), which the small product multiplies
+    back; where no constant can take it, x is multiplied by a mask of zeros and ones.
 
     Outliers in channels that were quiet in calibration are not lost: the token's own scale grows
     with them, as it does without this pass. That costs the precision of that token, no more.

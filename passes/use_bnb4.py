@@ -8,23 +8,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.codebooks import LEVELS
-from qgraph.context import Context
-from qgraph.functions import undeclare_unused
-from qgraph.graph import (
-    array,
-    attribute,
-    dims,
-    insert,
-    is_op,
-    node_name,
-    nodes,
-    redirect,
-    remove_dead,
-    shared_constant,
-)
-from qgraph.pass_manager import Contract, Pass, Stage
-from qgraph.stored_weights import codebook_call
+from qgraph.graph.annotation import Stage
+from qgraph.graph.editing import insert, redirect, remove_dead, shared_constant
+from qgraph.graph.functions import undeclare_unused
+from qgraph.graph.reading import array, attribute, dims, is_op, node_name, nodes
+from qgraph.numerics.codebooks import LEVELS
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.weights.formats.codebook import codebook_call
 
 _TYPES = {"fp4": 0, "nf4": 1}
 _SLOW = "MatMulBnb4: for exchange with other tools, on CPUs five times slower than float"

@@ -17,39 +17,41 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qgraph.api import compile, prepare_qat
     from qgraph.compiled import CompiledModel
-    from qgraph.context import Context, Remark, Remarks
     from qgraph.errors import QGraphError
-    from qgraph.model_io import load
-    from qgraph.pass_manager import Contract, Pass, PassManager, Stage
+    from qgraph.graph.annotation import Stage
+    from qgraph.graph.text.printer import to_text
+    from qgraph.io.models import load
+    from qgraph.numerics.spec import PerAxis, PerBlock, PerTensor, PerToken, QuantSpec
+    from qgraph.pipeline.context import Context
+    from qgraph.pipeline.pass_manager import Contract, Pass, PassManager
+    from qgraph.pipeline.remarks import Remark, Remarks
+    from qgraph.pipeline.target import Target, Verdict
     from qgraph.recipes import Recipe
-    from qgraph.spec import PerAxis, PerBlock, PerTensor, PerToken, QuantSpec
-    from qgraph.target import Target, Verdict
-    from qgraph.text import to_text
-    from qgraph.tracing import trace
+    from qgraph.torch.from_module import trace
 
 _HOME = {
     "compile": "api",
     "CompiledModel": "compiled",
-    "Context": "context",
-    "Remark": "context",
-    "Remarks": "context",
+    "Context": "pipeline.context",
+    "Remark": "pipeline.remarks",
+    "Remarks": "pipeline.remarks",
     "QGraphError": "errors",
-    "load": "model_io",
-    "Contract": "pass_manager",
-    "Pass": "pass_manager",
-    "PassManager": "pass_manager",
-    "Stage": "pass_manager",
+    "load": "io.models",
+    "Contract": "pipeline.pass_manager",
+    "Pass": "pipeline.pass_manager",
+    "PassManager": "pipeline.pass_manager",
+    "Stage": "graph.annotation",
     "Recipe": "recipes",
-    "PerAxis": "spec",
-    "PerBlock": "spec",
-    "PerTensor": "spec",
-    "PerToken": "spec",
-    "QuantSpec": "spec",
+    "PerAxis": "numerics.spec",
+    "PerBlock": "numerics.spec",
+    "PerTensor": "numerics.spec",
+    "PerToken": "numerics.spec",
+    "QuantSpec": "numerics.spec",
     "prepare_qat": "api",
-    "Target": "target",
-    "Verdict": "target",
-    "to_text": "text",
-    "trace": "tracing",
+    "Target": "pipeline.target",
+    "Verdict": "pipeline.target",
+    "to_text": "graph.text.printer",
+    "trace": "torch.from_module",
 }
 
 __all__ = [

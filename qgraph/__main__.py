@@ -1,5 +1,7 @@
 """`python -m qgraph` is the command `qgraph`."""
 
+from __future__ import annotations
+
 import sys
 
 from qgraph.cli import main

@@ -10,21 +10,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import onnx_ir as ir
 
 from qgraph.backends import get_target
-from qgraph.bench import cpu_ratio
 from qgraph.compiled import CompiledModel
-from qgraph.context import Context, Progress, Remarks, silent
 from qgraph.errors import ModelError, QGraphError
-from qgraph.external_data import initializers
-from qgraph.feeds import first_feed, open_calibration
-from qgraph.model_io import load
-from qgraph.pass_manager import STAGES_KEY, PassManager, stages
-from qgraph.recipes import Recipe, get_recipe
-from qgraph.target import Target
+from qgraph.graph.annotation import STAGES_KEY, stages
+from qgraph.graph.reading import initializers
+from qgraph.io.feeds import open_calibration
+from qgraph.io.models import load
+from qgraph.io.random_feed import first_feed
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import PassManager
+from qgraph.pipeline.progress import Progress, silent
+from qgraph.pipeline.remarks import Remarks
+from qgraph.pipeline.target import Target
+from qgraph.recipes import get_recipe
+from qgraph.recipes.recipe import Recipe
+from qgraph.report.bench import cpu_ratio
 
 if TYPE_CHECKING:
     import torch
 
-    from qgraph.backends.qat import QuantizedModule
+    from qgraph.training.module import QuantizedModule
+
 
 MEASURED_BYTES = 256 << 20
 """Weights of the largest model that is timed against float after compilation."""
@@ -67,7 +73,7 @@ def compile(
             runs of each feed, so that a quarter of it holds them.
         optimize_for: which runs of a language model decide between lowerings.
         verify: hold every pass to its contract with probe inputs.
-        progress: display for long loops, see :mod:`qgraph.progress`.
+        progress: display for long loops, see :mod:`qgraph.cli.progress`.
         **parameters: of the recipe.
 
     Raises:
@@ -150,7 +156,7 @@ def prepare_qat(
         source = _any_batch(model, example_inputs)
     else:
         source = _source(model, example_inputs, dynamic_shapes)
-    from qgraph.backends.qat import prepare
+    from qgraph.training.prepare import prepare
 
     return prepare(source, chosen, learn_scales=learn_scales, observe=observe, seed=seed)
 
@@ -175,7 +181,7 @@ def _check_trained(recipe: Recipe) -> None:
 
 def _in_training(model: Any) -> QuantizedModule | None:
     """`model`, if `prepare_qat` gave it."""
-    home = sys.modules.get("qgraph.backends.qat")
+    home = sys.modules.get("qgraph.training.module")
     return model if home is not None and isinstance(model, home.QuantizedModule) else None
 
 
@@ -225,7 +231,7 @@ def _source(model: Any, example_inputs: Any, dynamic_shapes: Any) -> ir.Model:
     if _is_module(model):
         if example_inputs is None:
             raise ModelError("an nn.Module needs example_inputs=(...) to be traced with")
-        from qgraph.tracing import trace
+        from qgraph.torch.from_module import trace
 
         return trace(model, example_inputs, dynamic_shapes)
     kind = type(model).__name__
@@ -239,7 +245,7 @@ def _is_module(model: Any) -> bool:
 
 def _any_batch(module: Any, example_inputs: Any) -> ir.Model:
     """The module for batches of any size, or of that of the example where it takes no other."""
-    from qgraph.tracing import trace
+    from qgraph.torch.from_module import trace
 
     if isinstance(example_inputs, Mapping):
         named = {name: _two(x) for name, x in example_inputs.items()}

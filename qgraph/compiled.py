@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.context import Feed, Remarks
 from qgraph.errors import QGraphError
-from qgraph.feeds import first_feed
-from qgraph.kv_cache import complete_feed, required_inputs
-from qgraph.model_io import save
-from qgraph.session import open_session
+from qgraph.io.feeds import Feed
+from qgraph.io.kv_cache import complete_feed, required_inputs
+from qgraph.io.models import save
+from qgraph.io.random_feed import first_feed
+from qgraph.io.session import open_session
+from qgraph.pipeline.remarks import Remarks
 
 if TYPE_CHECKING:
-    from qgraph.bench import Result
+    from qgraph.report.bench import Result
 
 
 class CompiledModel:
@@ -127,7 +128,7 @@ class CompiledModel:
         Returns:
             one result a model, the float source first: ratios, not absolute times.
         """
-        from qgraph.bench import benchmark
+        from qgraph.report.bench import benchmark
 
         rivals = [*([self.source] if self.source is not None else []), self, *others]
         models = [m.model if isinstance(m, CompiledModel) else m for m in rivals]

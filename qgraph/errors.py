@@ -5,6 +5,8 @@ says what is wrong and what to do. The command line prints that line and exits w
 any other exception is a bug in qgraph.
 """
 
+from __future__ import annotations
+
 
 class QGraphError(Exception):
     """Something the user gave cannot be used; the message says what, and what to do."""

@@ -16,8 +16,8 @@ import onnx_ir as ir
 from hypothesis import strategies as st
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qgraph.graph import dims
-from qgraph.session import open_session, run
+from qgraph.graph.reading import dims
+from qgraph.io.session import open_session, run
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 DYNAMIC_DIM = 3

@@ -9,12 +9,14 @@ from textwrap import dedent
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import Site
-from qgraph.annotation import IN
-from qgraph.backends.cpu import CpuTarget
+from qgraph.backends.cpu.target import CpuTarget
 from qgraph.backends.onnx import OnnxTarget
-from qgraph.context import Context, Feed, Item
-from qgraph.pass_manager import Pass, PassManager, stages
+from qgraph.graph.annotation import IN, stages
+from qgraph.graph.sites import Site
+from qgraph.graph.text.printer import to_text
+from qgraph.io.feeds import Feed
+from qgraph.io.session import open_session, run
+from qgraph.numerics.spec import QuantSpec
 from qgraph.passes.annotate import Annotate, Scheme
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.canonicalize import Canonicalize
@@ -23,10 +25,10 @@ from qgraph.passes.guard_static import GuardStatic
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.lower import Lower
-from qgraph.session import open_session, run
-from qgraph.spec import QuantSpec
-from qgraph.target import Target, Verdict
-from qgraph.text import to_text
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Pass, PassManager
+from qgraph.pipeline.progress import Item
+from qgraph.pipeline.target import Target, Verdict
 from tests.models import feed
 
 

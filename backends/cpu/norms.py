@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph.analysis import only_user
-from qgraph.backends.lowering import MICROSOFT
-from qgraph.graph import constant, insert, is_op, nodes, redirect
+from qgraph.backends.lowering.match import MICROSOFT
+from qgraph.graph.editing import insert, redirect
+from qgraph.graph.reading import constant, is_op, nodes
+from qgraph.graph.sites import only_user
 
 
 def part_norms(model: ir.Model) -> bool:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.backends.cpu.case import Case
 from qgraph.backends.cpu.tokens import lower_quantizers
-from qgraph.backends.lowering import inline_functions, lower_products
-from qgraph.functions import (
-    DEQUANTIZE_PER_TOKEN,
-    QUANTIZE_PER_TOKEN,
-    declare,
-    grid_values,
-)
-from qgraph.graph import add_constant
-from qgraph.numerics import SYMMETRIC_GRID
-
-if TYPE_CHECKING:
-    from qgraph.backends.cpu.table import Case
+from qgraph.backends.lowering.functions import inline_functions
+from qgraph.backends.lowering.products import lower_products
+from qgraph.graph.editing import add_constant
+from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, QUANTIZE_PER_TOKEN, declare, grid_values
+from qgraph.numerics.tokens import SYMMETRIC_GRID
 
 
 class _Builder:

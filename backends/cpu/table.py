@@ -12,54 +12,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from qgraph.backends.cpu.case import Case
 from qgraph.backends.cpu.isa import host_isa, host_model
 from qgraph.backends.cpu.probes import build
 
-Lowering = Literal[
-    "per-token", "per-run", "blocks", "static", "conv", "pointwise", "depthwise", "norm", "rms-norm"
-]
 VERSION = 6
 """Raise it when the probes change: tables of other versions are measured anew."""
 ROUNDS = 7
 SECONDS = 0.004
 """Each timing repeats its model for at least this long."""
-
-
-@dataclass(frozen=True, order=True)
-class Case:
-    """One entry: an operator of rounded size under one lowering.
-
-    Attributes:
-        lowering: products of `per-token` or `per-run` dynamic or `static` activations with a
-            constant int8 weight; products in `blocks`; static convolutions of three kinds; residual
-            norms taken apart.
-        k, n: input and output channels, rounded to powers of two.
-        m: rows of the product, or output pixels of the convolution.
-        chain: convolutions in a row, with conversions at both ends only.
-        bits, block: of the weights of products in blocks, and the size of these.
-    """
-
-    lowering: Lowering
-    k: int
-    n: int
-    m: int
-    chain: int = 1
-    bits: int = 8
-    block: int = 0
-
-    def __str__(self) -> str:
-        chain = f" chain={self.chain}" if self.chain > 1 else ""
-        blocks = f" bits={self.bits} block={self.block}" if self.block else ""
-        return f"{self.lowering} {self.k}x{self.n} m={self.m}{chain}{blocks}"
-
-
-def rounded(size: int, most: int = 2048) -> int:
-    """The nearest power of two between 8 and `most`."""
-    return int(min(most, max(8, 2 ** round(np.log2(max(size, 1))))))
 
 
 def cache_folder() -> Path:
@@ -118,7 +83,7 @@ def _read(path: Path) -> dict[str, float]:
 
 def measure(case: Case) -> float:
     """Run the float and the quantized form in turn; the ratio of their best times."""
-    from qgraph.session import open_session
+    from qgraph.io.session import open_session
 
     sessions: list[Any] = []
     feed: dict[str, np.ndarray] = {}

@@ -7,11 +7,12 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis import only_user
-from qgraph.backends.lowering import MICROSOFT
-from qgraph.functions import QUANTIZE_PER_TOKEN, is_call
-from qgraph.graph import array, dims, insert, is_op, nodes, opset, redirect, shared_constant
-from qgraph.numerics import SMALLEST_SCALE
+from qgraph.backends.lowering.match import MICROSOFT
+from qgraph.graph.editing import insert, redirect, shared_constant
+from qgraph.graph.functions import QUANTIZE_PER_TOKEN, is_call
+from qgraph.graph.reading import array, dims, is_op, nodes, opset
+from qgraph.graph.sites import only_user
+from qgraph.numerics.reference import SMALLEST_SCALE
 
 BLOCKED = 21
 """From this opset on, QuantizeLinear takes a scale for each block."""

@@ -1,0 +1,235 @@
+"""The CPU through stock onnxruntime: kernels are chosen by what they cost here."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.backends.cpu.case import Case, Lowering, rounded
+from qgraph.backends.cpu.isa import SATURATING, host_isa
+from qgraph.backends.cpu.norms import part_norms, part_rms_norms
+from qgraph.backends.cpu.table import Table
+from qgraph.backends.cpu.tokens import defer_scales, lower_quantizers
+from qgraph.backends.lowering.block_products import lower_block_products
+from qgraph.backends.lowering.block_tables import lower_block_tables
+from qgraph.backends.lowering.codebook_products import lower_codebook_products
+from qgraph.backends.lowering.columns import unpack_weights
+from qgraph.backends.lowering.functions import inline_functions
+from qgraph.backends.lowering.match import INT8_BLOCKS
+from qgraph.backends.lowering.products import lower_products
+from qgraph.backends.lowering.shield import shield_float
+from qgraph.backends.lowering.tables import lower_tables
+from qgraph.graph.ops import MOVES
+from qgraph.graph.reading import attribute, dims, is_op
+from qgraph.graph.sites import Site
+from qgraph.numerics.spec import FLOAT8, PerBlock, PerToken, QuantSpec
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.target import Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+
+GLUE = (
+    "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", *MOVES,
+)  # fmt: skip
+"""Operators between quantized ones for which onnxruntime has integer kernels on CPU."""
+
+ROWS = {"prompt": (128,), "decode": (1,), "both": (1, 128)}
+"""Rows of a product that count, by what the model is optimized for."""
+PIXELS = 196
+MARGIN = 1.02
+"""A quantized operator must beat float by this much: below it, noise decides."""
+
+FINER = 6
+"""Blocks of so many bits, and no more, are rounded to int8 columns without losing much."""
+PAIRED = 64
+"""The largest integer of such columns where products with u8 are added in pairs in int16."""
+
+CHAIN = 3
+"""Convolutions in a row, which tell the time of one from that of the conversions around it."""
+
+SHIPPED: dict[str, dict[int, float]] = {
+    "blocks-2": {1: 5.9, 128: 0.8},
+    "blocks-4": {1: 5.4, 128: 0.9},
+    "blocks-8": {1: 2.9, 128: 0.65},
+    "per-token": {1: 4.6, 128: 1.9},
+    "per-run": {1: 3.8, 128: 1.85},
+    "static": {1: 4.1, 128: 1.85},
+}
+"""For CPUs other than this host: speedups of K=N=2048 products measured on AVX2 without VNNI
+(AMD EPYC, onnxruntime 1.31), the slowest integer products of any x86 server."""
+
+NORM_WIDTH = 512
+ASSUMED_CONVOLUTION = (1.5, 0.5)
+"""Speedup and conversions of a convolution on other CPUs: assumed, not measured."""
+
+
+@functools.cache
+def host_table() -> Table:
+    """The measured table of this machine."""
+    return Table.of_host()
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """Stock onnxruntime on a CPU.
+
+    On this host's own instruction set, each kind and size of site is timed once against float; a
+    site stays float where nothing wins. For another instruction set the shipped figures decide.
+
+    Attributes:
+        name: `cpu` or `cpu:<isa>`.
+        isa: one of :data:`isa.ISAS`.
+    """
+
+    name: str = "cpu"
+    isa: str = field(default_factory=host_isa)
+
+    @property
+    def saturates(self) -> bool:
+        return self.isa in SATURATING
+
+    @property
+    def measured(self) -> bool:
+        """Whether verdicts come from this machine."""
+        return self.isa == host_isa()
+
+    def supports(
+        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
+    ) -> Verdict:
+        if site.kind == "gather" and isinstance(weight.granularity, PerBlock):
+            size = weight.granularity.size
+            known = weight.width <= 8 and size in INT8_BLOCKS[4]
+            return Verdict(known, f"rows in blocks of {size} are dequantized as they are gathered")
+        if site.kind == "gather" and activation is None:
+            return Verdict(True, "rows are dequantized as they are gathered")
+        if activation is not None and isinstance(activation.granularity, PerBlock):
+            return self._blocks(site, activation.granularity, weight, context)
+        if weight.dtype in FLOAT8 or (activation is None and weight.codebook):
+            return Verdict(True, "computed in float, as fast as float")
+        if activation is None:
+            return Verdict(False, "onnxruntime has no fast kernel with float activations here")
+        if isinstance(weight.granularity, PerBlock) and weight.width > FINER:
+            return Verdict(False, f"int8 columns have no room for blocks of {weight.width} bits")
+        lowering = _lowering(site, activation)
+        if lowering is None:
+            how = "dynamic " if activation.observer == "dynamic" else ""
+            return Verdict(
+                False, f"onnxruntime has no {how}int8 {site.node.op_type} on CPU that is faster"
+            )
+        k, n = site.kn
+        if site.kind == "conv":
+            k = dims(site.weight)[1] or k
+            if lowering == "depthwise":
+                k = n
+        if site.kind == "conv":
+            return self._convolution(lowering, k, n)
+        speedup = _mean(self._speedups(Case(lowering, k, n, 0), context))
+        where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
+        if speedup < MARGIN:
+            return Verdict(
+                False, f"int8 {lowering} is {speedup:.2f}x float {where} at this size", speedup
+            )
+        return Verdict(True, f"{speedup:.2f}x float {where}", speedup)
+
+    def _blocks(self, site: Site, blocks: PerBlock, weight: QuantSpec, context: Context) -> Verdict:
+        """A product of activations in blocks and weights in the same ones, on MatMulNBits."""
+        k, n = site.kn
+        size, own = blocks.size, weight.granularity
+        fits = own.size == size if isinstance(own, PerBlock) else weight.width < 8
+        if not fits:
+            return Verdict(False, "activations in blocks need weights in blocks of that size")
+        least = 8 if weight.codebook else weight.width  # levels of codebooks run as int8
+        bits = next((b for b in (2, 4, 8) if b >= least and size in INT8_BLOCKS[b]), None)
+        if bits is None:
+            known = ", ".join(map(str, INT8_BLOCKS[8]))
+            return Verdict(False, f"blocks of {size} have no kernel: only those of {known}")
+        speedups = self._speedups(Case("blocks", k, n, 0, bits=bits, block=size), context)
+        where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
+        mean = _mean(speedups)
+        # Weights of 8 bits can be columns instead, which are faster than float for prompts too.
+        if (speedups.min() if weight.width == 8 else mean) < MARGIN:
+            return Verdict(
+                False, f"int{bits} blocks of {size} are {speedups.min():.2f}x float {where}"
+            )
+        told = ", ".join(
+            f"{speedup:.2f}x for {rows} rows" if rows > 1 else f"{speedup:.2f}x for one"
+            for rows, speedup in zip(ROWS[context.optimize_for], speedups, strict=True)
+        )
+        return Verdict(True, f"{told} {where}", mean, slowest=float(speedups.min()))
+
+    def _convolution(self, lowering: Lowering, k: int, n: int) -> Verdict:
+        """A convolution's own speedup and what conversions around it cost, see
+        `qgraph.graph.islands`."""
+        if not self.measured:
+            return Verdict(True, f"assumed for {self.isa}", *ASSUMED_CONVOLUTION)
+        size = (rounded(k, 512), rounded(n, 512), PIXELS)
+        alone, chained = (
+            chain / host_table().speedup(Case(lowering, *size, chain=chain)) for chain in (1, CHAIN)
+        )
+        integer = max((chained - alone) / (CHAIN - 1), 0.05)
+        return Verdict(True, "measured on this host", 1 / integer, max(alone - integer, 0.0))
+
+    def _speedups(self, case: Case, context: Context) -> np.ndarray:
+        """One for each number of rows that counts, for a product with k and n as they are."""
+        rows = ROWS[context.optimize_for]
+        if not self.measured:
+            key = f"blocks-{case.bits}" if case.block else case.lowering
+            return np.array([SHIPPED[key][m] for m in rows])
+        case = replace(case, k=rounded(case.k), n=rounded(case.n))
+        return np.array([host_table().speedup(replace(case, m=m)) for m in rows])
+
+    def _apart_is_faster(self, norm: Lowering, context: Context) -> bool:
+        """Whether a residual norm in two operators wins for one token as well as for many."""
+        if not self.measured:
+            return False
+        cases = [Case(norm, NORM_WIDTH, NORM_WIDTH, m) for m in ROWS[context.optimize_for]]
+        return all(host_table().speedup(case) > MARGIN for case in cases)
+
+    def supports_glue(self, node: ir.Node) -> bool:
+        return is_op(node, *GLUE)
+
+    def legalize(self, model: ir.Model, context: Context) -> bool:
+        changed = lower_block_products(model)
+        changed |= lower_codebook_products(model)
+        changed |= lower_block_tables(model)
+        changed |= unpack_weights(model, PAIRED if self.saturates else 127)
+        changed |= lower_tables(model)
+        changed |= lower_products(model, "onnxruntime")
+        changed |= defer_scales(model)
+        changed |= lower_quantizers(model)
+        changed |= shield_float(model)
+        if self._apart_is_faster("norm", context):
+            changed |= part_norms(model)
+        if self._apart_is_faster("rms-norm", context):
+            changed |= part_rms_norms(model)
+        return inline_functions(model) or changed
+
+    def differentiable(self, model: ir.Model) -> torch.nn.Module:
+        from qgraph.torch.to_module import raise_model
+
+        return raise_model(model)
+
+
+def _mean(speedups: np.ndarray) -> float:
+    return float(np.exp(np.log(speedups).mean()))
+
+
+def _lowering(site: Site, activation: QuantSpec) -> Lowering | None:
+    """The row of the table that this site belongs to."""
+    dynamic = activation.observer == "dynamic"
+    if site.kind in ("matmul", "gemm"):
+        if not dynamic:
+            return "static"
+        return "per-token" if isinstance(activation.granularity, PerToken) else "per-run"
+    if site.kind != "conv" or dynamic:
+        return None
+    shape = dims(site.weight)
+    if attribute(site.node, "group", 1) > 1:
+        return "depthwise" if shape[1] == 1 else "conv"
+    return "pointwise" if all(d == 1 for d in shape[2:]) else "conv"

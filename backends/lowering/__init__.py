@@ -1,0 +1,1 @@
+"""Rewrites that targets share."""

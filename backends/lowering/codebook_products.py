@@ -1,0 +1,133 @@
+"""Products of weights whose codes are places in a table, on the kernel for int8 in blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.backends.lowering.block_products import multiply_in_blocks
+from qgraph.graph.editing import insert, shared_constant
+from qgraph.graph.functions import ROUND_IN_BLOCKS, is_call
+from qgraph.graph.reading import array, attribute, dims, is_op, nodes
+from qgraph.numerics.codebooks import STEPS
+from qgraph.weights.formats.codebook import codebook_call
+
+TOGETHER = 4
+"""Codes that are looked up together: indices take four bytes, whatever they stand for."""
+
+
+def lower_codebook_products(model: ir.Model) -> bool:
+    """Products of activations in blocks and levels of int8 become MatMulNBits of 8 bits.
+
+    ::
+
+        x ───────────────────── RoundInBlocks ── MatMul ── y
+        codes ── DequantizeCodebook ── Reshape ... ──┘
+
+        x ────────────────────────────────── MatMulNBits(bits=8, accuracy_level=4) ── y
+        codes:uint16 ── Cast ── Gather(levels) ── Reshape ──┘
+
+    The levels are 127ths, so the kernel's integers are they, times 127. Codes stay 4 bits each on
+    disk; onnxruntime looks them up once, when it loads the model (ConstantFolding), and its kernel
+    packs the result like any other weight. Four codes at a time, in a table of 65,536 times four
+    levels, because Gather wants indices of 32 bits: so they take a byte a weight, not four, and the
+    loading of a weight peaks at 4.5 bytes for each (float: 8) and takes a third of the time.
+    Without optimizations it is all computed anew for each run, from activations that are not
+    rounded: slow, and as near to float.
+    """
+    changed = False
+    for node in nodes(model):
+        found = _match(node)
+        if found is not None:
+            _lower(model, node, found)
+            changed = True
+    return changed
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A MatMul or Gemm that the kernel can compute.
+
+    Attributes:
+        x: the data before it is rounded.
+        call: the DequantizeCodebook of the weight.
+        codes: uint8 (N, blocks, size).
+        levels: uint8 (16,), as the kernel has them: 128 is zero.
+        k: input channels.
+    """
+
+    x: ir.Value | None
+    call: ir.Node
+    codes: np.ndarray
+    levels: np.ndarray
+    k: int
+
+
+def _match(node: ir.Node) -> _Product | None:
+    if not is_op(node, "MatMul", "Gemm") or attribute(node, "transA", 0):
+        return None
+    rounded = node.inputs[0].producer() if node.inputs[0] is not None else None
+    trans_b = bool(attribute(node, "transB", 0))
+    call = codebook_call(node.inputs[1], turned=not trans_b)
+    if rounded is None or call is None or not is_call(rounded, ROUND_IN_BLOCKS):
+        return None
+    block, codes, table = array(rounded.inputs[1]), array(call.inputs[0]), array(call.inputs[1])
+    k = dims(node.inputs[1])[1 if trans_b else 0]
+    if block is None or codes is None or table is None or k is None:
+        return None
+    levels = np.rint(table * STEPS)
+    if codes.shape[-1] != block[-1] or (levels / STEPS != table).any():
+        return None
+    codes = np.asarray(codes, np.uint8)
+    return _Product(rounded.inputs[0], call, codes, (levels + 128).astype(np.uint8), k)
+
+
+def _lower(model: ir.Model, node: ir.Node, product: _Product) -> None:
+    (n, count, size), base = product.codes.shape, product.call.outputs[0].name
+
+    def op(
+        op_type: str, *inputs: ir.Value | None, dtype: ir.DataType, **attributes: int
+    ) -> ir.Value:
+        made = insert(
+            model, product.call, op_type, inputs, base=f"{base}_{op_type}", attributes=attributes
+        )
+        made.outputs[0].type = ir.TensorType(dtype)
+        return made.outputs[0]
+
+    name = product.call.inputs[0].name if product.call.inputs[0] else base
+    words = shared_constant(model, f"{name}_words", _words(product.codes))
+    levels = shared_constant(model, "qgraph/levels_int8", looked_up_together(product.levels))
+    index = op("Cast", words, to=int(ir.DataType.INT32), dtype=ir.DataType.INT32)
+    shape = shared_constant(
+        model, f"qgraph/shape_{n}_{count}_{size}", np.array([n, count, size], np.int64)
+    )
+    weight = op(
+        "Reshape", op("Gather", levels, index, dtype=ir.DataType.UINT8), shape,
+        dtype=ir.DataType.UINT8,
+    )  # fmt: skip
+    weight.shape = ir.Shape([n, count, size])
+    factor = np.float32(attribute(node, "alpha", 1.0)) / STEPS
+    scale, scales = product.call.inputs[2], array(product.call.inputs[2])
+    if scales is not None:
+        kernel_scale = shared_constant(model, f"{base}_int8_scale", scales * factor)
+    else:
+        per_step = shared_constant(model, "qgraph/per_step", factor)
+        kernel_scale = op("Mul", scale, per_step, dtype=ir.DataType.FLOAT)
+        kernel_scale.shape = ir.Shape([n, count])
+    inputs = [product.x, weight, kernel_scale]
+    multiply_in_blocks(model, node, inputs, n=n, k=product.k, bits=8, size=size)
+
+
+def _words(codes: np.ndarray) -> np.ndarray:
+    """Codes, four to a uint16, the first in the lowest bits: (N, blocks, size / 4)."""
+    parts = codes.astype(np.uint16)
+    shifted = [parts[..., place::TOGETHER] << (4 * place) for place in range(TOGETHER)]
+    return np.asarray(np.bitwise_or.reduce(shifted))
+
+
+def looked_up_together(levels: np.ndarray) -> np.ndarray:
+    """The levels of the four codes in each of 65,536 words: (65536, 4)."""
+    words = np.arange(1 << (4 * TOGETHER))
+    return np.stack([levels[words >> (4 * place) & 15] for place in range(TOGETHER)], axis=1)

@@ -1,0 +1,21 @@
+"""Calls of our own functions, replaced by their bodies."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qgraph.graph.editing import remove_dead
+from qgraph.graph.functions import DOMAIN, undeclare_unused
+
+
+def inline_functions(model: ir.Model) -> bool:
+    """Replace what calls of qgraph functions are left by their bodies."""
+    remove_dead(model)
+    changed = bool(common.InlinePass(lambda function: function.domain == DOMAIN)(model).modified)
+    if changed:
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.DeduplicateInitializersPass()(model)
+        model.meta.pop("qgraph.names", None)  # there are names now that it does not know
+    undeclare_unused(model)
+    return changed

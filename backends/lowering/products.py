@@ -1,0 +1,139 @@
+"""Lowerings of dynamic products, shared by the backends that run ONNX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.backends.lowering.match import MICROSOFT, dynamic_data, gemm_bias, symmetric_scale
+from qgraph.graph.editing import add_constant, insert, redirect
+from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
+from qgraph.graph.reading import array, attribute, constant, dims, is_op, nodes
+
+Dialect = Literal["onnxruntime", "standard"]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A MatMul or Gemm of dynamically quantized data and a constant integer weight.
+
+    Attributes:
+        node: the float operator over two dequantized inputs.
+        data: the node that dequantizes the data.
+        weight: the DequantizeLinear of the weight.
+    """
+
+    node: ir.Node
+    data: ir.Node
+    weight: ir.Node
+
+
+def lower_products(model: ir.Model, dialect: Dialect) -> bool:
+    """Replace dynamically quantized MatMul and Gemm by integer products.
+
+    `onnxruntime`: MatMulIntegerToFloat, and DynamicQuantizeMatMul where one scale serves the run.
+    `standard`: MatMulInteger, Cast and Mul, which onnxruntime fuses to the same kernels itself.
+    """
+    changed = False
+    for node in nodes(model):
+        if (product := _match(node)) is not None:
+            _lower_product(model, product, dialect)
+            changed = True
+    return changed
+
+
+def _match(node: ir.Node) -> _Product | None:
+    if not is_op(node, "MatMul", "Gemm") or len(node.inputs) < 2:
+        return None
+    data = dynamic_data(node)
+    weight = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if data is None or weight is None or not is_op(weight, "DequantizeLinear"):
+        return None
+    trans_b, q = attribute(node, "transB", 0), weight.inputs[0]
+    if q is None or q.dtype != ir.DataType.INT8 or len(dims(q)) != 2 or not _folds(q):
+        return None
+    if attribute(node, "transA", 0):
+        return None
+    if symmetric_scale(weight, 0 if trans_b else 1) is None:
+        return None
+    return _Product(node, data, weight)
+
+
+def _folds(value: ir.Value | None) -> bool:
+    """Whether `value` is a constant, or made of constants alone: runtimes fold it on loading."""
+    node = value.producer() if value is not None else None
+    if node is not None and is_op(node, "Cast", "Gather", "Mul", "Round", "Sub", "Transpose"):
+        return all(map(_folds, node.inputs))
+    return constant(value) is not None
+
+
+def _lower_product(model: ir.Model, product: _Product, dialect: Dialect) -> None:
+    node, per_token = product.node, is_call(product.data, DEQUANTIZE_PER_TOKEN)
+    weight, scale = _weight(model, product)
+    base = node.outputs[0].name or node.name or "product"
+
+    def op(op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: int) -> ir.Value:
+        made = insert(
+            model,
+            node,
+            op_type,
+            inputs,
+            base=f"{base}_{op_type}",
+            attributes=dict(attributes),
+            domain=domain,
+        )
+        made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        made.outputs[0].shape = node.outputs[0].shape
+        return made.outputs[0]
+
+    q, bias = product.data.inputs[0], gemm_bias(model, node)
+    if per_token:
+        a_scale, a_zero = product.data.inputs[2:4]
+    if dialect == "onnxruntime" and per_token:
+        y = op("MatMulIntegerToFloat", q, weight, a_scale, scale, a_zero, domain=MICROSOFT)
+    elif dialect == "onnxruntime":
+        assert q is not None
+        x = q.producer().inputs[0]  # type: ignore[union-attr]
+        fused = bias if dims(bias) == dims(weight)[1:] else None
+        y = op("DynamicQuantizeMatMul", x, weight, scale, None, fused, domain=MICROSOFT)
+        bias = None if fused is not None else bias
+    else:
+        x_scale, x_zero = (a_scale, a_zero) if per_token else product.data.inputs[1:3]
+        total = op("Cast", op("MatMulInteger", q, weight, x_zero), to=int(ir.DataType.FLOAT))
+        total.producer().inputs[0].type = ir.TensorType(ir.DataType.INT32)  # type: ignore[union-attr]
+        y = op("Mul", total, op("Mul", x_scale, scale))
+        y.producer().inputs[1].shape = None  # type: ignore[union-attr]
+    if per_token:
+        y = op("Mul", y, product.data.inputs[1])
+    if bias is not None:
+        y = op("Add", y, bias)
+    redirect(node.outputs[0], y)
+    y.producer().name = node.name  # type: ignore[union-attr]
+    graph = node.graph
+    assert graph is not None
+    graph.remove(node, safe=True)
+
+
+def _weight(model: ir.Model, product: _Product) -> tuple[ir.Value, ir.Value]:
+    """The integer weight as (K, N) and its scale, Gemm's transB and alpha folded in."""
+    value, scale = product.weight.inputs[0], product.weight.inputs[1]
+    assert value is not None
+    assert scale is not None
+    if not is_op(product.node, "Gemm"):
+        return value, scale
+    if attribute(product.node, "transB", 0):
+        q = array(value)
+        if q is not None:
+            value = add_constant(model, f"{value.name}_T", np.ascontiguousarray(q.T))
+        else:
+            turn = insert(model, product.node, "Transpose", [value], base=f"{value.name}_T")
+            turn.outputs[0].type, value = value.type, turn.outputs[0]
+    alpha, scales = attribute(product.node, "alpha", 1.0), array(scale)
+    if alpha != 1.0 and scales is not None:
+        scale = add_constant(
+            model, f"{scale.name}_alpha", (scales * np.float32(alpha)).astype(np.float32)
+        )
+    return value, scale

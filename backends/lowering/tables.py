@@ -1,0 +1,102 @@
+"""Lowering of lookups in quantized tables, shared by the backends that run ONNX."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.backends.lowering.match import stored, symmetric_scale
+from qgraph.graph.editing import add_constant, insert, redirect
+from qgraph.graph.reading import array, attribute, dims, is_op, nodes
+from qgraph.graph.sites import only_user
+
+
+def lower_tables(model: ir.Model) -> bool:
+    """Gather of a dequantized table: gather integers and their rows' scales, then multiply.
+
+    ::
+
+        W:int8 ── DQ(axis 0) ── Gather ── y      W:int8 ── Gather ── Cast ── Mul ── y
+                          ids ──┘                scale ─── Gather ───────────┘
+
+    Where the rows are columns of a product's weight, they are what is stored; runtimes turn them
+    back for the product when they load the model::
+
+        W ── DQ(axis 1) ── Gather(axis 1) ── Transpose ── y      Wᵀ ── Gather ── Cast ── Mul ── y
+        └─── DQ(axis 1) ── MatMul                                └─── Transpose ── DQ ── MatMul
+    """
+    changed = False
+    for node in nodes(model):
+        dq = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if not is_op(node, "Gather") or dq is None or not is_op(dq, "DequantizeLinear"):
+            continue
+        turn = turn_of(node)
+        axis = 0 if turn is None else 1
+        table, scales = array(stored(dq.inputs[0])), symmetric_scale(dq, axis)
+        if table is None or scales is None or attribute(node, "axis", 0) % table.ndim != axis:
+            continue
+        if scales.shape != tuple(dims(dq.inputs[0])[axis : axis + 1]):
+            continue
+        _lower_table(model, node, turn, dq, scales.reshape(-1, *[1] * (table.ndim - 1)))
+        changed = True
+    return changed
+
+
+def turn_of(node: ir.Node) -> ir.Node | None:
+    """The Transpose that makes rows of the columns that `node` gathers from a matrix, or None."""
+    user = only_user(node.outputs[0])
+    if user is None or not is_op(user, "Transpose") or attribute(node, "axis", 0) != 1:
+        return None
+    perm = user.attributes.get("perm")
+    if perm is None or len(dims(node.inputs[0])) != 2:
+        return None
+    order = list(perm.as_ints())
+    return user if order == [*range(1, len(order)), 0] else None
+
+
+def _as_rows(model: ir.Model, matrix: ir.Value) -> ir.Value:
+    """The transpose of a constant matrix as what is stored; other users of it turn it back."""
+    held, q = stored(matrix), array(matrix)
+    if q is None:
+        assert held is not None
+        return held
+    rows = add_constant(model, f"{matrix.name}_T", np.ascontiguousarray(q.T))
+    order = {"perm": [1, 0]}
+    back = insert(
+        model, model.graph[0], "Transpose", [rows], base=f"{matrix.name}_turned", attributes=order
+    )
+    back.outputs[0].type, back.outputs[0].shape = matrix.type, matrix.shape
+    redirect(matrix, back.outputs[0])
+    return rows
+
+
+def _lower_table(
+    model: ir.Model, node: ir.Node, turn: ir.Node | None, dq: ir.Node, scales: np.ndarray
+) -> None:
+    table, result = dq.inputs[0], (turn or node).outputs[0]
+    assert table is not None
+    assert dq.inputs[1] is not None
+    base = result.name or "table"
+    if turn is not None:
+        table = _as_rows(model, table)
+    column = add_constant(model, f"{dq.inputs[1].name}_rows", scales)
+    rows = insert(model, node, "Gather", [table, node.inputs[1]], base=f"{base}_q")
+    scale = insert(model, node, "Gather", [column, node.inputs[1]], base=f"{base}_scale")
+    wide = insert(
+        model,
+        node,
+        "Cast",
+        rows.outputs,
+        base=f"{base}_cast",
+        attributes={"to": int(ir.DataType.FLOAT)},
+    )
+    y = insert(model, node, "Mul", [wide.outputs[0], scale.outputs[0]], base=f"{base}_mul")
+    rows.outputs[0].type = table.type
+    for made in (scale, wide, y):
+        made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    y.outputs[0].shape = result.shape
+    redirect(result, y.outputs[0])
+    y.name = node.name
+    graph = node.graph
+    assert graph is not None
+    graph.remove([node] if turn is None else [turn, node], safe=True)

@@ -1,0 +1,74 @@
+"""Training from the command line: `--train MODULE:FUNCTION`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from qgraph.cli.arguments import OPTIMIZE_FOR
+from qgraph.errors import QGraphError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+    from qgraph.compiled import CompiledModel
+
+
+LEARNING_RATE = 1e-3
+"""Of Adam, where `--train` is given losses."""
+
+
+def train_and_compile(
+    function: str,
+    source: ir.Model,
+    recipe: str,
+    parameters: dict[str, Any],
+    calibration: str | None,
+    target: str,
+    samples: int | None,
+    seed: int,
+    verify: bool,
+) -> CompiledModel:
+    """What `--train module:function` does.
+
+    The function is called with the module that `prepare_qat` gives. It either trains that module
+    itself and returns None, or returns an iterable of losses, such as a generator: each is
+    minimized with one step of Adam before the next one is asked for.
+
+    Raises:
+        QGraphError: the function cannot be imported, or gives something else.
+    """
+    import qgraph
+    from qgraph.cli.progress import display
+    from qgraph.pipeline.parse import imported
+
+    steps = imported(function, "function")
+    if not callable(steps):
+        raise QGraphError(f"--train {function}: that is no function")
+    parameters = {key: value for key, value in parameters.items() if key != OPTIMIZE_FOR.name}
+    qmodel = qgraph.prepare_qat(source, recipe=recipe, seed=seed, **parameters)
+    if calibration is not None:
+        qmodel.calibrate(calibration, samples)
+    import torch
+
+    torch.manual_seed(seed)
+    losses = steps(qmodel.train())
+    if losses is not None:
+        optimizer = torch.optim.Adam(qmodel.parameters(), LEARNING_RATE)
+        for loss in display()(_losses(losses, function), "training"):
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return qgraph.compile(qmodel.eval(), target=target, verify=verify, progress=display())
+
+
+def _losses(losses: Any, function: str) -> Iterator[torch.Tensor]:
+    import torch
+
+    if not isinstance(losses, Iterable):
+        raise QGraphError(f"--train {function}: it returned no losses: yield one for each batch")
+    for loss in losses:
+        if not (isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1):
+            raise QGraphError(f"--train {function}: a loss must be one number that depends on it")
+        yield loss

@@ -1,0 +1,151 @@
+"""Changes of a graph: constants, nodes, and who reads what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.graph.names import fresh_name
+from qgraph.graph.reading import INLINE_BYTES, is_op, scope
+
+
+def add_constant(
+    model: ir.Model,
+    base: str,
+    data: np.ndarray | np.generic | ir.TensorProtocol,
+    dtype: ir.DataType | None = None,
+) -> ir.Value:
+    """Register an initializer in the main graph and return its value.
+
+    Args:
+        base: wished name; made unique.
+        data: the array (kept, not copied) or tensor.
+        dtype: for arrays whose numpy dtype does not say it (int4 held in int8, bfloat16).
+    """
+    name = fresh_name(model, base)
+    if isinstance(data, np.ndarray | np.generic):
+        tensor: ir.TensorProtocol = ir.Tensor(np.asarray(data), dtype=dtype, name=name)
+    else:
+        tensor = data
+        tensor.name = name
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def shared_constant(model: ir.Model, name: str, data: np.ndarray | np.generic) -> ir.Value:
+    """The initializer with exactly this dtype and content, made on first use."""
+    array_, count = np.asarray(data), 0
+    wished = name
+    while (found := model.graph.initializers.get(wished)) is not None:
+        tensor = found.const_value
+        if tensor is not None and np.array_equal(tensor.numpy(), array_):
+            return found
+        count += 1
+        wished = f"{name}_{count}"
+    return add_constant(model, wished, array_)
+
+
+def insert(
+    model: ir.Model,
+    anchor: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    *,
+    base: str,
+    attributes: Mapping[str, ir.Attr | int | float | str | list[int]] | None = None,
+    domain: str = "",
+    outputs: int = 1,
+    after: bool = False,
+) -> ir.Node:
+    """Insert a node before (or after) `anchor` in its graph.
+
+    Args:
+        base: name of the node and of its first output, made unique.
+
+    Returns:
+        the node; its outputs are named and have neither shape nor type yet.
+    """
+    names = [fresh_name(model, base if i == 0 else f"{base}_{i}") for i in range(outputs)]
+    node = ir.node(
+        op_type,
+        inputs=list(inputs),
+        attributes=attributes,
+        domain=domain,
+        outputs=[ir.Value(name=name) for name in names],
+        name=names[0],
+    )
+    graph = scope(anchor)
+    if after:
+        graph.insert_after(anchor, node)
+    else:
+        graph.insert_before(anchor, node)
+    if domain and domain not in model.opset_imports:
+        model.opset_imports[domain] = 1
+    return node
+
+
+def redirect(old: ir.Value, new: ir.Value, *, keep: Sequence[ir.Node] = ()) -> None:
+    """Make every user of `old`, graph outputs included, use `new`; nodes in `keep` stay on `old`.
+
+    Where `old` is a graph output, `new` takes its name, so that the model's outputs keep theirs.
+    """
+    for node, index in list(old.uses()):
+        if node not in keep:
+            node.replace_input_with(index, new)
+    graph = old.graph
+    if old.is_graph_output() and graph is not None:
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = new
+        old.name, new.name = new.name, old.name
+        if new.shape is None:
+            new.shape = old.shape
+        if new.type is None:
+            new.type = old.type
+
+
+def remove_dead(model: ir.Model) -> bool:
+    """Remove nodes and initializers that nothing uses. Returns whether anything was removed."""
+    from onnx_ir.passes import common
+
+    return bool(common.RemoveUnusedNodesPass()(model).modified)
+
+
+def lift_constant(model: ir.Model, node: ir.Node) -> bool:
+    """Turn a Constant node into an initializer. False for other nodes, sparse ones and strings."""
+    if not is_op(node, "Constant") or node.outputs[0].is_graph_output():
+        return False
+    if node.attributes.keys() & {"sparse_value", "value_string", "value_strings"}:
+        return False
+    tensor = ir.convenience.get_const_tensor(node.outputs[0])
+    assert tensor is not None
+    _replace(model, node, [tensor])
+    return True
+
+
+def _replace(model: ir.Model, node: ir.Node, tensors: Sequence[ir.TensorProtocol]) -> None:
+    """Put initializers in the place of `node`'s outputs."""
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    pairs = [(v, t) for v, t in zip(node.outputs, tensors, strict=True) if v.name and v.uses()]
+    for old, tensor in pairs:
+        new = ir.Value(
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+            metadata_props=dict(old.metadata_props),
+        )
+        new.meta.update(old.meta)
+        old.replace_all_uses_with(new)
+        new.name, old.name = old.name, None
+        home = graph if tensor.nbytes <= INLINE_BYTES else model.graph
+        home.register_initializer(new)
+    graph.remove(node, safe=True)

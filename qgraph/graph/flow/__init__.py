@@ -1,0 +1,1 @@
+"""How a scale moves through a graph."""

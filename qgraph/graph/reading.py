@@ -1,0 +1,116 @@
+"""Small helpers on onnx-ir that every pass needs. No state, no wrapper classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.errors import ModelError
+
+
+def initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """The initializers of the main graph and of every graph nested in it."""
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+
+
+MAIN_DOMAINS = ("", "ai.onnx")
+
+
+def graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
+    """The main graph, the bodies of functions (not qgraph's own), and all graphs in them."""
+    roots: list[ir.Graph | ir.Function] = [model.graph]
+    roots += [f for f in model.functions.values() if f.domain != "qgraph"]
+    for root in roots:
+        yield root
+        for node in root.all_nodes():
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.GRAPH:
+                    yield attribute.as_graph()
+                elif attribute.type == ir.AttributeType.GRAPHS:
+                    yield from attribute.as_graphs()
+
+
+def nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node of :func:`graphs`. Safe while nodes are inserted or removed."""
+    for graph in graphs(model):
+        yield from graph
+
+
+def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
+    """Whether `node` is one of these operators of `domain`."""
+    if node is None or node.op_type not in op_types:
+        return False
+    return node.domain == domain or (domain == "" and node.domain in MAIN_DOMAINS)
+
+
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor behind an initializer or a Constant node, or None if the value is computed.
+
+    An initializer that is also a graph input can be overridden by the caller: not a constant.
+    """
+    if value is None or value.is_graph_input():
+        return None
+    if value.const_value is not None and value.is_initializer():
+        return value.const_value
+    node = value.producer()
+    if node is not None and is_op(node, "Constant"):
+        return ir.convenience.get_const_tensor(value)
+    return None
+
+
+def array(value: ir.Value | None) -> np.ndarray | None:
+    """The array behind a constant value, or None. Reads the weight: see :func:`release`."""
+    tensor = constant(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def release(value: ir.Value | None) -> None:
+    """Give back the pages of a memory-mapped weight that has been read."""
+    unmap(constant(value))
+
+
+def unmap(tensor: ir.TensorProtocol | None) -> None:
+    """:func:`release` for the tensor itself."""
+    if isinstance(tensor, ir.ExternalTensor):
+        try:
+            tensor.release()
+        except BufferError:  # an array still looks at the pages: they go when it goes
+            tensor.raw = None
+
+
+def scope(node: ir.Node) -> ir.Graph:
+    """The graph that holds `node`, for inserting beside it."""
+    graph = node.graph
+    if graph is None:
+        raise ModelError(f"node '{node.name}' belongs to no graph")
+    return graph
+
+
+def node_name(node: ir.Node) -> str:
+    """How remarks call a node. Unique after canonicalization; traced nodes bear their layer."""
+    return node.name or (node.outputs[0].name if node.outputs else "") or node.op_type
+
+
+def opset(model: ir.Model) -> int:
+    """Version of the standard operators that the model imports."""
+    return int(model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1)))
+
+
+def dims(value: ir.Value | None) -> list[int | None]:
+    """Static dimensions, None for each unknown one; an unknown rank gives []."""
+    if value is None or value.shape is None:
+        return []
+    return [d if isinstance(d, int) else None for d in value.shape]
+
+
+def attribute(node: ir.Node, name: str, default: int | float) -> int | float:
+    """A number attribute, or `default` where it is absent."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+INLINE_BYTES = 1024
+"""Initializers up to this size travel inside the serialised graph; shape inference reads them."""

@@ -1,0 +1,60 @@
+"""Whether a weight of a checkpoint is a weight of the graph, and by what factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph.errors import ModelError
+from qgraph.graph.reading import array
+from qgraph.graph.sites import Site
+
+Float = NDArray[np.float32]
+
+UNLIKE = 0.75
+"""Relative distance from the graph's weights at which a layer must be another one, or misread.
+Two bits come to 0.6, matrices that have nothing in common to 1."""
+SHIFTED = 0.5
+"""Steps by which weights may differ on average; zero points read wrongly come to 1."""
+SAME = 0.02
+"""Relative distance at which tensors that are not quantized are the same but for rounding."""
+
+
+def _near(found: NDArray[Any], old: NDArray[Any] | None) -> bool:
+    """Whether they are the same but for rounding."""
+    assert old is not None
+    size = np.linalg.norm(old.astype(np.float32))
+    rest = found.astype(np.float32).reshape(old.shape) - old
+    return bool(np.linalg.norm(rest) <= SAME * size)
+
+
+def _tied(table: ir.Value, site: Site) -> bool:
+    rows, w = array(table), array(site.weight)
+    assert rows is not None
+    assert w is not None
+    return np.array_equal(rows, w if site.axis == 0 else w.T)
+
+
+def _unlike(part: str, site: Site, apart: float | None = None) -> ModelError:
+    distance = "" if apart is None else f" (distance {apart:.2f})"
+    return ModelError(
+        f"layer '{part}' of the checkpoint does not resemble '{site.name}' of the graph{distance}: "
+        "give its float model, or check=false if the weights of the graph are random"
+    )
+
+
+def fitted(given: Float, wanted: Float) -> Float:
+    """`given` with its rows, then its columns, each times the factor that brings it nearest to
+    `wanted`, by least squares.
+
+    Args:
+        given, wanted: (K, N).
+    """
+    for axis in (1, 0):
+        power = np.square(given).sum(axis=axis, keepdims=True)
+        product = (given * wanted).sum(axis=axis, keepdims=True)
+        given = given * (product / np.where(power > 0, power, 1))
+    return given

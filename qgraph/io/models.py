@@ -1,0 +1,317 @@
+"""Models on disk: ONNX files with their external data, and folders of onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qgraph.errors import ModelError
+from qgraph.graph.reading import INLINE_BYTES, initializers
+from qgraph.io.external_data import in_memory, settle
+from qgraph.io.session import session_options
+
+SOURCE = "qgraph.source"
+"""Where a loaded model remembers its file, a Path, in `model.meta`."""
+FOLDER = "qgraph.folder"
+"""The folder that was loaded, a Path, or None for a lone file."""
+DATA = "qgraph.data"
+"""The external data files that belong to the loaded file, a tuple of Paths."""
+
+EXTERNAL_BYTES = 100 << 20
+"""Models whose weights take more than this are saved with external data."""
+
+_GENAI_CONFIG = "genai_config.json"
+_ALIGNMENT = 4096
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read a model; weights in external data stay memory-mapped, so its size does not matter.
+
+    Every opset loads; passes are written for opset 11 and newer. Operators of foreign domains,
+    functions and control-flow bodies are kept as they are. `model.meta` remembers the origin, see
+    :data:`SOURCE`, :data:`FOLDER`, :data:`DATA`.
+
+    Args:
+        path: an ONNX file, or a folder with `genai_config.json` and the decoder it names, with a
+            `model.onnx`, or with just one `.onnx` file.
+
+    Raises:
+        ModelError: there is no model, it cannot be parsed, or its external data is missing, too
+            short or outside its folder.
+    """
+    # Not resolved: in a folder of symbolic links, external data lies beside the link.
+    given = Path(os.path.abspath(path))
+    folder = given if given.is_dir() else None
+    file = _model_in(folder) if folder else given
+    model = _read(file)
+    model.meta[SOURCE] = file
+    model.meta[FOLDER] = folder
+    model.meta[DATA] = settle(model, file, INLINE_BYTES)
+    return model
+
+
+def _model_in(folder: Path) -> Path:
+    """The model file of a folder."""
+    config = folder / _GENAI_CONFIG
+    if config.is_file():
+        return folder / _decoder_name(config)
+    if (folder / "model.onnx").is_file():
+        return folder / "model.onnx"
+    found = sorted(path.name for path in folder.glob("*.onnx"))
+    if not found:
+        raise ModelError(
+            f"{folder} holds no model: give an .onnx file or a folder with a model.onnx"
+        )
+    if len(found) > 1:
+        raise ModelError(f"{folder} holds several models: give one of {', '.join(found)}")
+    return folder / found[0]
+
+
+def _decoder_name(config: Path) -> Path:
+    try:
+        name = Path(json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{config} names no model.decoder.filename: repair it") from error
+    if name.is_absolute() or ".." in name.parts:
+        raise ModelError(f"{config} names {name}, outside its folder: move the model into it")
+    return name
+
+
+def _read(file: Path) -> ir.Model:
+    if not file.exists():
+        raise ModelError(f"{file} does not exist: check the path")
+    if not file.is_file():
+        raise ModelError(f"{file} is not a file: give an .onnx file")
+    try:
+        if file.stat().st_size == 0:
+            raise ModelError(f"{file} is empty: export or download it again")
+        model = ir.load(file)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # the parsers raise whatever the damage leads to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{file} is not an ONNX model, or is truncated: {reason}") from error
+    if not model.graph.outputs or not model.opset_imports:
+        missing = "outputs" if not model.graph.outputs else "opset"
+        raise ModelError(
+            f"{file} is not a complete ONNX model, it has no {missing}: export it again"
+        )
+    return model
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, run_check: bool = True) -> None:
+    """Write a model; it appears at `path` complete and checked, or not at all.
+
+    Weights go into `<name>.data` beside the model where they take more than 100 MB, one after the
+    other: lazy tensors are computed and external ones copied in their turn. A model that was
+    loaded from a folder becomes a folder with the other files of that one, unless `path` ends in
+    `.onnx`. A model that already stands at `path` is replaced; the input never is.
+
+    Args:
+        model: left as it is.
+        path: a file; for a model that came as a folder, a folder that is new or holds such a model.
+        run_check: whether onnxruntime must be able to load the result. Turn it off for models that
+            it could not load before either, because of operators that it does not know.
+
+    Raises:
+        ModelError: `path` cannot be used (see :func:`check_output`), the disk is full, or the
+            result does not load. Nothing is left behind then, and what stood at `path` still does.
+    """
+    check_output(model, path)
+    out = Path(os.path.abspath(path))
+    name = _name_in_folder(model, out)
+    root = out if name else out.parent
+    name = name or Path(out.name)
+    file = root / name
+    stale = _own_data(file)
+    with _os_errors(out), _stage(out) as stage:
+        if root == out:
+            _copy_companions(model, stage)
+        staged = stage / name
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        _write(model, staged, _free_data_name(file))
+        check_reload(staged, run=run_check)
+        _publish(stage, root, name)
+        kept = {path.resolve() for path in model.meta.get(DATA, ())}
+        for path in stale - kept:
+            path.unlink(missing_ok=True)
+
+
+def check_output(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Whether :func:`save` can write `model` to `path`, to be asked before long work.
+
+    Raises:
+        ModelError: `path` is the input or holds something else than such a model, its folder does
+            not exist or cannot be written.
+    """
+    out = Path(os.path.abspath(path))
+    name = _name_in_folder(model, out)
+    if name:
+        folder = model.meta[FOLDER].resolve()
+        resolved = out.resolve()
+        if resolved.is_relative_to(folder) or folder.is_relative_to(resolved):
+            raise ModelError(f"{out} overlaps the input folder {folder}: give another folder")
+        if out.exists() and not out.is_dir():
+            raise ModelError(f"{out} is a file, but this model is a folder: give another name")
+        if out.is_dir() and any(out.iterdir()) and not (out / name).is_file():
+            raise ModelError(f"{out} holds other files: give a new folder or an empty one")
+    else:
+        if out.is_dir():
+            raise ModelError(f"{out} is a folder: give a file name, such as {out / 'model.onnx'}")
+        inputs = [p for p in (model.meta.get(SOURCE), *model.meta.get(DATA, ())) if p is not None]
+        if out.exists() and any(p.exists() and p.samefile(out) for p in inputs):
+            raise ModelError(f"{out} belongs to the input model: give another name")
+        if out.exists() and not _is_model(out):
+            raise ModelError(f"{out} exists and is not a model: remove it or give another name")
+    if not out.parent.is_dir():
+        raise ModelError(f"{out.parent} does not exist: create that folder first")
+    with _os_errors(out), _stage(out):
+        pass
+
+
+def _name_in_folder(model: ir.Model, out: Path) -> Path | None:
+    """Where the model lies in its folder, None if it is to be a lone file."""
+    folder: Path | None = model.meta.get(FOLDER)
+    if folder is None or out.suffix == ".onnx":
+        return None
+    return Path(model.meta[SOURCE]).relative_to(folder)
+
+
+@contextmanager
+def _os_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except shutil.Error as error:
+        raise ModelError(f"cannot write {out}: {error.args[0][0][-1]}") from error
+    except OSError as error:
+        # numpy counts the elements that it could not write, but drops the system's reason.
+        reason = error.strerror or f"{error} (no space left on device?)"
+        raise ModelError(f"cannot write {out}: {reason}") from error
+
+
+@contextmanager
+def _stage(out: Path) -> Iterator[Path]:
+    """A folder on the disk of `out` that disappears again, whatever happens."""
+    parent = out if out.is_dir() else out.parent
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=parent) as private:
+        stage = Path(private) / out.name
+        stage.mkdir()  # unlike the private one, with the user's usual permissions
+        yield stage
+
+
+def _is_model(file: Path) -> bool:
+    try:
+        _read(file)
+    except ModelError:
+        return False
+    return True
+
+
+def _own_data(file: Path) -> set[Path]:
+    """The data files that :func:`save` wrote beside the model in `file`, if there is one."""
+    if not file.is_file():
+        return set()
+    tensors = (value.const_value for value in initializers(_read(file)))
+    locations = {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    own = re.compile(re.escape(file.name) + r"(\.\d+)?\.data")
+    folder = file.parent.resolve()
+    return {folder / n for n in locations if own.fullmatch(n) and (folder / n).is_file()}
+
+
+def _free_data_name(file: Path) -> str:
+    """A name that no file has: the model that is to be replaced keeps its data until then."""
+    name, count = f"{file.name}.data", 0
+    while (file.parent / name).exists():
+        count += 1
+        name = f"{file.name}.{count}.data"
+    return name
+
+
+def _copy_companions(model: ir.Model, stage: Path) -> None:
+    """Copy the input folder (tokenizer, configuration) without the model and hidden files."""
+    replaced = {model.meta[SOURCE], *model.meta[DATA]}
+
+    def ignored(folder: str, names: list[str]) -> list[str]:
+        return [n for n in names if n.startswith(".") or Path(folder, n) in replaced]
+
+    shutil.copytree(model.meta[FOLDER], stage, ignore=ignored, dirs_exist_ok=True)
+
+
+def _write(model: ir.Model, file: Path, data_name: str) -> None:
+    """Serialise `model`, with its larger weights in `data_name` if they are many."""
+    pairs = [(v, v.const_value) for v in initializers(model) if v.const_value is not None]
+    large = [
+        (value, tensor)
+        for value, tensor in pairs
+        if tensor.dtype != ir.DataType.STRING and tensor.nbytes > INLINE_BYTES
+    ]
+    for value, tensor in pairs:
+        tensor.name = value.name  # serialisation goes by the tensor's name
+    outside = large if sum(tensor.nbytes for _, tensor in large) > EXTERNAL_BYTES else []
+    try:
+        if outside:
+            tensors = [tensor for _, tensor in outside]
+            written = ir.external_data.convert_tensors_to_external(
+                tensors, file.parent, data_name, alignment=_ALIGNMENT
+            )
+            for (value, _), external in zip(outside, written, strict=True):
+                value.const_value = external
+        for value, tensor in pairs:
+            if value.const_value is tensor and isinstance(tensor, ir.ExternalTensor):
+                value.const_value = in_memory(tensor)
+        ir.save(model, file, format="protobuf")
+    finally:
+        for value, tensor in pairs:
+            value.const_value = tensor
+
+
+def check_reload(path: str | os.PathLike[str], *, run: bool = True) -> None:
+    """Open a written model: that it parses, that its data is there, with `run` also in onnxruntime.
+
+    Raises:
+        ModelError: it cannot be opened; the message holds the reason.
+    """
+    load(path)
+    if not run:
+        return
+    import onnxruntime as ort
+
+    options = session_options(optimized=False)
+    options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy the weights
+    try:
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"onnxruntime cannot load the result: {reason}") from error
+
+
+def _publish(stage: Path, root: Path, name: Path) -> None:
+    """Move everything below `stage` to `root`, the model last, when all that it needs is there."""
+    if not root.exists():
+        os.rename(stage, root)
+        return
+    moved = []
+    try:
+        for source in sorted(path for path in stage.rglob("*") if path.is_file()):
+            if source != stage / name:
+                target = root / source.relative_to(stage)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    moved.append(target)
+                os.replace(source, target)
+        os.replace(stage / name, root / name)
+    except BaseException:
+        if (stage / name).exists():
+            for target in moved:
+                target.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,125 @@
+"""Running IR in stock onnxruntime without copying its weights."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.errors import ModelError
+from qgraph.graph.reading import INLINE_BYTES, initializers
+from qgraph.io.external_data import in_memory
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def session_options(optimized: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:
+    """Options of a quiet session: all optimizations or none; 0 threads = onnxruntime's choice."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    return options
+
+
+def open_session(
+    model: ir.Model,
+    *,
+    optimized: bool = True,
+    threads: int = 0,
+    prepack: bool = True,
+    arena: bool = True,
+) -> onnxruntime.InferenceSession:
+    """A session on `model` as it stands; large initializers are lent to it, not copied.
+
+    Args:
+        prepack: let kernels rearrange weights for speed, which takes their size again in memory.
+        arena: keep activations' memory between runs, grown in powers of two, instead of giving it
+            back after each run.
+
+    Raises:
+        ModelError: onnxruntime refuses the model; the message holds its reason.
+    """
+    import onnxruntime as ort
+
+    options = session_options(optimized, threads)
+    options.enable_cpu_mem_arena = arena
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    lent: dict[str, np.ndarray] = {}
+    swapped: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    try:
+        for value in initializers(model):
+            tensor = value.const_value
+            if tensor is None or not _lendable(value, tensor, model.graph):
+                if isinstance(tensor, ir.ExternalTensor):
+                    swapped.append((value, tensor))
+                    value.const_value = in_memory(tensor)
+                continue
+            name = str(value.name)
+            lent[name] = np.ascontiguousarray(tensor.numpy())
+            swapped.append((value, tensor))
+            value.const_value = ir.ExternalTensor(
+                "lent",
+                0,
+                tensor.nbytes,
+                tensor.dtype,
+                name=name,
+                shape=ir.Shape(tensor.shape.numpy()),
+            )
+        proto = ir.to_proto(model)
+    finally:
+        for value, tensor in swapped:
+            value.const_value = tensor
+    values = [ort.OrtValue.ortvalue_from_numpy(a) for a in lent.values()]
+    options.add_external_initializers(list(lent), values)
+    try:
+        session = ort.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"onnxruntime cannot run this model: {reason}") from error
+    session.qgraph_lent = (lent, values)
+    if prepack:
+        for array in lent.values():
+            _forget(array)
+    return session
+
+
+def _forget(array: np.ndarray) -> None:
+    """Give back the pages of a memory-mapped array; the next read brings them in again.
+
+    Kernels have packed copies of their weights by now, and few ever look at the originals.
+    """
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def _lendable(value: ir.Value, tensor: ir.TensorProtocol, main: ir.Graph) -> bool:
+    # onnxruntime drops what nothing uses, and then cannot find it.
+    if tensor.nbytes <= INLINE_BYTES or value.graph is not main or not value.uses():
+        return False
+    try:
+        kind = np.dtype(tensor.dtype.numpy())
+        return kind.isbuiltin == 1 and kind.kind in "fiub" and tensor.dtype.bitwidth >= 8
+    except TypeError:
+        return False
+
+
+def run(session: Any, feed: Mapping[str, np.ndarray]) -> list[Any]:
+    """All outputs for one feed; inputs that the session does not have are left out."""
+    names = {i.name for i in session.get_inputs()}
+    return list(session.run(None, {k: v for k, v in feed.items() if k in names}))

@@ -1,0 +1,74 @@
+"""Integers of few bits in bytes and words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qgraph.numerics.reference import Int
+
+
+def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Values of 2, 4 or 8 bits in bytes, the first in the low bits; each row ends with its byte.
+
+    Args:
+        q: (rows, count), values below 2^bits.
+
+    Returns:
+        (rows, ceil(count · bits / 8)).
+    """
+    each = 8 // bits
+    padded = np.pad(q, [(0, 0), (0, -q.shape[1] % each)])
+    packed = padded[:, ::each].copy()
+    for place in range(1, each):
+        packed |= padded[:, place::each] << np.uint8(place * bits)
+    return packed
+
+
+def pack_int4(q: Int) -> NDArray[np.uint8]:
+    """Two 4-bit values a byte, the first in the low half (ONNX order), from a flat array."""
+    flat = np.asarray(q, np.int32).reshape(-1) & 0xF
+    if flat.size % 2:
+        flat = np.append(flat, 0)
+    return (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
+
+
+def unpack_int4(packed: NDArray[np.uint8], count: int, signed: bool) -> Int:
+    """The first `count` values of :func:`pack_int4`."""
+    flat = np.empty(packed.size * 2, np.int32)
+    flat[0::2], flat[1::2] = packed & 0xF, packed >> 4
+    flat = flat[:count]
+    return np.where(flat >= 8, flat - 16, flat).astype(np.int32) if signed else flat
+
+
+Array = NDArray[Any]
+Codes = NDArray[np.uint8]
+
+WORD = 32
+"""Bits of the words that GPTQ and AWQ pack integers into."""
+_COLUMNS = 512
+"""Columns that are unpacked together."""
+
+
+def unpack(words: Array, bits: int) -> Codes:
+    """The integers in the words of each column, which are one stream of bits, the lowest first.
+
+    Integers of 3 bits run over from one word into the next.
+
+    Args:
+        words: int32 (rows, N).
+
+    Returns:
+        uint8 (rows · 32 // bits, N).
+    """
+    first = np.arange(len(words) * WORD // bits) * bits
+    word, shift = first // WORD, (first % WORD).astype(np.uint64)[:, np.newaxis]
+    result = np.empty((len(first), words.shape[1]), np.uint8)
+    for start in range(0, words.shape[1], _COLUMNS):
+        part = (slice(None), slice(start, start + _COLUMNS))
+        low = np.ascontiguousarray(words[part]).view(np.uint32).astype(np.uint64)
+        high = np.concatenate([low[1:], np.zeros_like(low[:1])]) << np.uint64(WORD)
+        result[part] = ((low | high)[word] >> shift) & np.uint64((1 << bits) - 1)
+    return result

@@ -1,0 +1,78 @@
+"""Recipes: named pipelines. Each is a function whose keywords are its parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import get_type_hints
+
+from qgraph.errors import QGraphError
+from qgraph.recipes.eight_bits import dynamic, fp8, llm_int8, smoothquant, static, w8a8, zeroquant
+from qgraph.recipes.four_bits import adaround, autoround, awq, checkpoint, fp4, gptq, hqq, nf4, rtn
+from qgraph.recipes.qat import qat
+from qgraph.recipes.recipe import FLOAT_STAGE, Recipe
+
+__all__ = [
+    "FLOAT_STAGE",
+    "RECIPES",
+    "Recipe",
+    "adaround",
+    "autoround",
+    "awq",
+    "checkpoint",
+    "dynamic",
+    "fp4",
+    "fp8",
+    "get_recipe",
+    "gptq",
+    "hqq",
+    "llm_int8",
+    "nf4",
+    "qat",
+    "rtn",
+    "smoothquant",
+    "static",
+    "w8a8",
+    "zeroquant",
+]
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "static": static,
+    "dynamic": dynamic,
+    "qat": qat,
+    "llm-int8": llm_int8,
+    "smoothquant": smoothquant,
+    "zeroquant": zeroquant,
+    "w8a8": w8a8,
+    "rtn": rtn,
+    "gptq": gptq,
+    "awq": awq,
+    "adaround": adaround,
+    "autoround": autoround,
+    "hqq": hqq,
+    "nf4": nf4,
+    "fp4": fp4,
+    "fp8": fp8,
+    "checkpoint": checkpoint,
+}
+
+
+def get_recipe(name: str, parameters: dict[str, object]) -> Recipe:
+    """The recipe called `name` with these parameters.
+
+    Raises:
+        QGraphError: unknown recipe or parameter; the message lists the known ones.
+    """
+    if name not in RECIPES:
+        raise QGraphError(f"unknown recipe '{name}': use one of {', '.join(RECIPES)}")
+    known, kinds = inspect.signature(RECIPES[name]).parameters, get_type_hints(RECIPES[name])
+    if unknown := sorted(set(parameters) - set(known)):
+        raise QGraphError(
+            f"recipe '{name}' has no parameter '{unknown[0]}': it has {', '.join(known)}"
+        )
+    for key, value in parameters.items():
+        kind = kinds[key]
+        accepted = (int, float) if kind is float else kind
+        if kind in (int, float, bool) and not isinstance(value, accepted):
+            raise QGraphError(f"recipe '{name}': {key}={value!r} is no {kind.__name__}")
+    return RECIPES[name](**parameters)

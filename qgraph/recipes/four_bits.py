@@ -1,0 +1,338 @@
+"""Recipes of few bits for the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import onnx_ir as ir
+
+from qgraph.errors import QGraphError
+from qgraph.graph.annotation import INTEGERS
+from qgraph.graph.sites import Site, SiteKind
+from qgraph.numerics.spec import PER_TOKEN, SMALL_INTEGERS, WEIGHT, Codebook, PerBlock, QuantSpec
+from qgraph.passes.adaround import AdaRound
+from qgraph.passes.annotate import Annotate, Rule
+from qgraph.passes.autoround import AutoRound
+from qgraph.passes.awq import AWQ
+from qgraph.passes.balance_tables import BalanceTables
+from qgraph.passes.clip_weights import ClipWeights
+from qgraph.passes.convert_opset import ConvertOpset
+from qgraph.passes.fold_qdq import FoldQDQ
+from qgraph.passes.gptq import GPTQ
+from qgraph.passes.hqq import HQQ
+from qgraph.passes.insert_qdq import InsertQDQ
+from qgraph.passes.load_checkpoint import LoadCheckpoint
+from qgraph.passes.lower import Lower
+from qgraph.passes.use_bnb4 import UseBnb4
+from qgraph.pipeline.pass_manager import Pass
+from qgraph.recipes.recipe import FLOAT_STAGE, Recipe, commit
+from qgraph.recipes.specs import WeightRange, checked_group_size, few_bits, int8_weight
+
+
+def rtn(
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    observer: WeightRange = "absmax",
+    embedding_bits: int = 8,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits, rounded to nearest; needs no data.
+
+    Args:
+        bits: bits of the weights; 3 are stored and run as 4, which is all there is.
+        group_size: input channels that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points; with them, 4 bits and fewer are some percent more exact.
+        observer: `mse` shrinks ranges as far as the squared error gains by it, `absmax` does not.
+        embedding_bits: bits of lookup tables. With those of the other weights, a table that is tied
+            to the last product is stored once with it.
+        rules: which sites to treat otherwise.
+    """
+    steps = _weight_only(bits, group_size, symmetric, observer, rules, embedding_bits)
+    return Recipe("rtn", (*FLOAT_STAGE, *steps, *commit()))
+
+
+def awq(
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    clip: bool = True,
+    embedding_bits: int = 8,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits, scaled and clipped by what their outputs lose on calibration data.
+
+    Args:
+        bits: bits of the weights; 3 are stored and run as 4, which is all there is.
+        group_size: input channels that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points.
+        clip: search the scale of each block, too; without it, weights are only multiplied.
+        embedding_bits: of lookup tables, as in `rtn`; they are rounded to nearest, and so is a last
+            product that is tied to one.
+        rules: which sites to treat otherwise.
+    """
+    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules, embedding_bits)
+    clipped = (ClipWeights(),) if clip else ()
+    steps = (*annotate, AWQ(), *commit(*clipped))
+    return Recipe("awq", (*FLOAT_STAGE, *steps), calibrates=True)
+
+
+def gptq(
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    act_order: bool = True,
+    damping: float = 0.1,
+    embedding_bits: int = 8,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits that make up for each other's rounding errors on calibration data.
+
+    Args:
+        bits: bits of the weights; 3 are stored and run as 4, which is all there is.
+        group_size: input channels that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points.
+        act_order: round the weights of the strongest channels first.
+        damping: weight of staying near the float weights; more of it fits calibration data less,
+            and other data better.
+        embedding_bits: of lookup tables, as in `rtn`; they are rounded to nearest, and so is a last
+            product that is tied to one.
+        rules: which sites to treat otherwise.
+    """
+    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules, embedding_bits)
+    steps = (*annotate, *commit(GPTQ(act_order, damping)))
+    return Recipe("gptq", (*FLOAT_STAGE, *steps), calibrates=True)
+
+
+def adaround(
+    *,
+    bits: int = 4,
+    group_size: int = 0,
+    symmetric: bool = True,
+    steps: int = 200,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits, each learned to be rounded up or down, layer by layer; needs torch.
+
+    Args:
+        bits: bits of the weights of products and convolutions.
+        group_size: input channels of a product that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points.
+        steps: of learning, for each layer.
+        rules: which sites to treat otherwise.
+    """
+    annotate = _weights_alone(bits, group_size, symmetric, rules)
+    passes = (*FLOAT_STAGE, *annotate, *commit(AdaRound(steps)))
+    return Recipe("adaround", passes, calibrates=True)
+
+
+def autoround(
+    *,
+    bits: int = 4,
+    group_size: int = 0,
+    symmetric: bool = True,
+    steps: int = 200,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits whose rounding and ranges are learned, block by block; needs torch.
+
+    Args:
+        bits: bits of the weights of products and convolutions.
+        group_size: input channels of a product that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points.
+        steps: of learning, for each block.
+        rules: which sites to treat otherwise.
+    """
+    annotate = _weights_alone(bits, group_size, symmetric, rules)
+    passes = (*FLOAT_STAGE, *annotate, *commit(AutoRound(steps)))
+    return Recipe("autoround", passes, calibrates=True)
+
+
+def hqq(
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = False,
+    embedding_bits: int = 8,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits, in ranges that suit most weights of a block; needs no data.
+
+    Args:
+        bits: bits of the weights; 3 are stored and run as 4, which is all there is.
+        group_size: input channels that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points; they are integers, which is what fast kernels take.
+        embedding_bits: of lookup tables, as in `rtn`; they are rounded to nearest, and so is a last
+            product that is tied to one.
+        rules: which sites to treat otherwise.
+    """
+    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules, embedding_bits)
+    steps = (*annotate, *commit(HQQ()))
+    return Recipe("hqq", (*FLOAT_STAGE, *steps))
+
+
+def nf4(
+    *,
+    group_size: int = 64,
+    double_quant: bool = True,
+    observer: WeightRange = "mse",
+    kernel: CodebookKernel = "int8",
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 4 bits at the quantiles of the normal distribution (QLoRA); needs no data.
+
+    Args:
+        group_size: input channels that share a scale, from 16.
+        double_quant: scales in 8 bits each, as QLoRA has them, instead of 32.
+        observer: `mse` seeks each block's scale, of either sign, for the least squared error, in
+            which large weights count more; `absmax` is the largest magnitude, as bitsandbytes has
+            it.
+        kernel: `int8` is fast, its levels rounded to 127ths; `bnb4` keeps them exact in MatMulBnb4,
+            which other tools know, and which on CPUs is five times slower than float.
+        rules: which sites to treat otherwise.
+    """
+    return Recipe("nf4", _codebook("nf4", group_size, double_quant, observer, kernel, rules))
+
+
+def fp4(
+    *,
+    group_size: int = 64,
+    double_quant: bool = True,
+    observer: WeightRange = "mse",
+    kernel: CodebookKernel = "int8",
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 4 bits as floats, the older format of bitsandbytes; needs no data.
+
+    Args:
+        group_size: input channels that share a scale, from 16.
+        double_quant: scales in 8 bits each, instead of 32.
+        observer: as in `nf4`.
+        kernel: as in `nf4`.
+        rules: which sites to treat otherwise.
+    """
+    return Recipe("fp4", _codebook("fp4", group_size, double_quant, observer, kernel, rules))
+
+
+def checkpoint(
+    *,
+    path: str = "",
+    check: bool = True,
+    bits: int = 0,
+    kernel: CodebookKernel = "int8",
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights that GPTQ, AWQ or bitsandbytes have quantized, from a Hugging Face checkpoint.
+
+    The integers and scales stay what they are; no data is needed.
+
+    Args:
+        path: the folder with `config.json` and safetensors files.
+        check: the graph holds the float weights of the same model, and the checkpoint's must
+            resemble them; false for a graph whose weights are random.
+        bits: bits of what the checkpoint has in float, mostly lookup tables and the last product,
+            as in `dynamic`; 0 leaves it in float.
+        kernel: of bitsandbytes' weights, as in `nf4`.
+        rules: how to treat layers that are float in the checkpoint.
+    """
+    if kernel not in get_args(CodebookKernel):
+        raise QGraphError(f"kernel '{kernel}' is unknown: use one of int8, bnb4")
+    sizes = (128, 64, 32, 16, 256)
+    blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
+    products: tuple[SiteKind, ...] = ("matmul", "gemm")
+    codes = Rule(products, WEIGHT, (None,), where=lambda site: _brought(site, codebook=True))
+    own = Rule(products, WEIGHT, (*blocks, None), where=_brought)
+    others = Rule((*products, "conv", "conv_transpose", "gather"), None, why="float in checkpoint")
+    for_exchange = kernel == "bnb4"
+    chosen = (*((codes,) if for_exchange else ()), own, *rules, *(() if bits else (others,)))
+    canonicalize, *fuse = FLOAT_STAGE
+    steps = (
+        canonicalize,
+        LoadCheckpoint(path, check),
+        *fuse,
+        ConvertOpset(SMALL_INTEGERS),
+        Annotate("dynamic", rules=chosen, weight=int8_weight(bits or 8)),
+        BalanceTables(),
+        InsertQDQ(),
+        FoldQDQ(),
+        *((UseBnb4(),) if for_exchange else ()),
+        Lower(),
+    )
+    return Recipe("checkpoint", steps)
+
+
+CodebookKernel = Literal["int8", "bnb4"]
+
+
+def _codebook(
+    name: Codebook,
+    group_size: int,
+    double: bool,
+    observer: WeightRange,
+    kernel: CodebookKernel,
+    rules: Sequence[Rule],
+) -> tuple[Pass, ...]:
+    size = checked_group_size(group_size)
+    if not size:
+        raise QGraphError(f"group_size=0 is not for {name}, which has blocks: use 16 and more")
+    for value, known in ((observer, get_args(WeightRange)), (kernel, get_args(CodebookKernel))):
+        if value not in known:
+            raise QGraphError(f"'{value}' is unknown for {name}: use one of {', '.join(known)}")
+    weight = QuantSpec(
+        ir.DataType.UINT4, PerBlock(0, size), observer=observer, codebook=name, double=double
+    )
+    blocks = QuantSpec(ir.DataType.INT8, PerBlock(-1, size), observer="dynamic")
+    for_exchange = kernel == "bnb4"
+    products = Rule(("matmul", "gemm"), weight, (None,) if for_exchange else (blocks, None))
+    annotate = ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, products))
+    bnb4 = (UseBnb4(),) if for_exchange else ()
+    return *FLOAT_STAGE, *annotate, BalanceTables(), InsertQDQ(), FoldQDQ(), *bnb4, Lower()
+
+
+def _weight_only(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    observer: WeightRange,
+    rules: Sequence[Rule],
+    embedding_bits: int = 8,
+) -> tuple[Pass, ...]:
+    """Weights of few bits for kernels that round activations in the same blocks, where there are
+    such kernels, and for float activations elsewhere."""
+    weight = few_bits(bits, group_size, symmetric, observer)
+    sizes = (group_size,) if group_size else (128, 64, 32)
+    blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
+    products = Rule(("matmul", "gemm"), weight, (*blocks, PER_TOKEN, None), by_speed=True)
+    tables = _tables(embedding_bits, group_size, symmetric, observer)
+    return ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, *tables, products))
+
+
+def _weights_alone(
+    bits: int, group_size: int, symmetric: bool, rules: Sequence[Rule]
+) -> tuple[Pass, ...]:
+    """Weights of few bits, those of convolutions too."""
+    opset, annotate = _weight_only(bits, group_size, symmetric, "mse", rules)
+    assert isinstance(annotate, Annotate)
+    weight = int8_weight(bits).with_(observer="mse")
+    if not symmetric:
+        weight = weight.with_(dtype=ir.DataType.UINT8, symmetric=False)
+    convolutions = Rule(("conv", "conv_transpose"), weight, (None,))
+    return opset, replace(annotate, rules=(*annotate.rules, convolutions))
+
+
+def _tables(bits: int, group_size: int, symmetric: bool, observer: WeightRange) -> tuple[Rule, ...]:
+    """A rule for lookup tables of fewer than 8 bits, which are in blocks."""
+    if bits == 8:
+        return ()
+    return (Rule(("gather",), few_bits(bits, group_size or 128, symmetric, observer)),)
+
+
+def _brought(site: Site, codebook: bool = False) -> bool:
+    """Whether the site's weight came as integers, or as codes."""
+    spec, _ = site.weight.meta.get(INTEGERS, (None, None))
+    return spec is not None and (not codebook or spec.codebook is not None)

@@ -1,0 +1,45 @@
+"""What ONNX operators are in torch: one table, and the functions it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qgraph.torch.ops import (
+    activations,
+    arithmetic,
+    attention,
+    contrib,
+    convolution,
+    images,
+    indexing,
+    normalization,
+    quantized,
+    recurrent,
+    reductions,
+    shapes,
+    signal,
+)
+
+OPERATORS: Mapping[tuple[str, str], Callable[..., Any]] = {
+    (domain, name): function
+    for domain, table in (
+        ("", activations.OPERATORS),
+        ("", arithmetic.OPERATORS),
+        ("", attention.OPERATORS),
+        ("", contrib.STANDARD_DOMAIN),
+        ("", convolution.OPERATORS),
+        ("", images.OPERATORS),
+        ("", indexing.OPERATORS),
+        ("", normalization.OPERATORS),
+        ("", quantized.OPERATORS),
+        ("", recurrent.OPERATORS),
+        ("", reductions.OPERATORS),
+        ("", shapes.OPERATORS),
+        ("", signal.OPERATORS),
+        ("com.microsoft", contrib.MICROSOFT),
+        ("com.microsoft", quantized.MICROSOFT),
+    )
+    for name, function in table.items()
+}
+"""The function of each operator by domain ("" is ONNX's own) and name."""

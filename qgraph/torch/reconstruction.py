@@ -1,0 +1,256 @@
+"""Weights learned block by block, so that each block gives what it gives in the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph.calibration.resume import kept_for
+from qgraph.calibration.walk import Walk
+from qgraph.errors import CalibrationError, ModelError
+from qgraph.graph.annotation import IN, annotated
+from qgraph.graph.cuts import Piece
+from qgraph.graph.editing import remove_dead
+from qgraph.graph.ops import FLOATS
+from qgraph.graph.reading import array, release
+from qgraph.graph.sites import Site, nested, site_of
+from qgraph.io.feeds import Feed
+from qgraph.numerics.quantized import Arrays, Quantized, from_arrays, to_arrays
+from qgraph.numerics.spec import QuantSpec
+from qgraph.pipeline.context import Context
+from qgraph.pipeline.remarks import Kind
+from qgraph.weights.search import fixed_scales, unroundable
+from qgraph.weights.site_weight import quantize_site, replace_weight
+
+if TYPE_CHECKING:
+    from qgraph.torch.block import Block
+
+
+MASK = "attention_mask"
+"""The input that tells tokens from padding, if a model has one."""
+
+
+class Method(Protocol):
+    """How the weights of a block are learned: what passes have of their own."""
+
+    @property
+    def name(self) -> str: ...
+
+    def start(self, w: NDArray[Any], nearest: Quantized, spec: QuantSpec) -> Any:
+        """A :class:`qgraph.torch.learned_rounding.Rounding` of the float weight `w`."""
+        ...
+
+    def learn(self, block: Block, weights: Sequence[Any], plain: float, seed: int) -> None:
+        """Learn what :meth:`start` gave for each weight; `plain` is the loss of `nearest`."""
+        ...
+
+
+def learnable(
+    model: ir.Model, pass_name: str, context: Context, *, scales: bool = False
+) -> list[Site]:
+    """The products and convolutions whose weights can be learned; remarks about the others.
+
+    Args:
+        scales: these are learned, too.
+
+    Raises:
+        QGraphError: torch is missing.
+    """
+    import qgraph.torch.block  # noqa: F401  says what to install where torch is missing
+
+    found = []
+    for node, specs in annotated(model):
+        site = site_of(node)
+        kinds = ("matmul", "gemm", "conv", "conv_transpose")
+        if site is None or site.kind not in kinds or site.w_index not in specs:
+            continue
+        why: str | None = "it sits where no calibration data can be looked at"
+        if not nested(model, node):
+            why = unroundable(site, specs, context)
+        if why is None and scales:
+            why = fixed_scales(specs[site.w_index], specs.get(site.x_index))
+        if why is not None:
+            message = f"rounded to nearest: {why}"
+            context.remark("declined", pass_name, site.name, node.op_type, message)
+        else:
+            found.append(site)
+    return found
+
+
+def reconstruct(
+    model: ir.Model,
+    sites: Sequence[Site],
+    cuts: Sequence[ir.Value],
+    context: Context,
+    method: Method,
+) -> None:
+    """Learn the weights of `sites`, block by block between `cuts`, and give them their integers.
+
+    Blocks come in the order of the graph. Each sees what the rounded blocks before it make of the
+    calibration data, and is to give what the float model gives for float data. Where rounding to
+    nearest serves it better, its sites keep that. With a cache folder in the context, what blocks
+    learn is kept, and an interrupted run goes on there.
+
+    Raises:
+        CalibrationError: there is no calibration data, or it is not finite.
+    """
+    feeds = list(context.calibration or ())
+    if not feeds:
+        raise CalibrationError("this needs calibration data: give some typical inputs")
+    kept = kept_for(method, method.name, model, feeds, context)
+    stops = [str(value.name) for value in cuts]
+    float_walk, walk = Walk(model.clone(), stops, feeds), Walk(model, stops, feeds)
+    masks = [feed.get(MASK) for feed in feeds]
+    title = f"learning to round ({method.name})"
+    for step, piece in enumerate(context.progress(walk.pieces, title, len(stops))):
+        wanted = _outputs(float_walk)
+        if inside := [site for site in sites if site.node in piece.nodes]:
+            stored = kept.result(step)
+            if stored is None:
+                block = _raised(piece, inside, walk, wanted, masks, context)
+                outcome = _settled(inside, block, context, method)
+                del block
+                kept.keep_result(step, outcome.to_arrays())
+            else:
+                outcome = _Outcome.from_arrays(stored)
+            _apply(model, inside, outcome, context, method)
+        walk.advance()
+    kept.finish(method.name, context)
+    remove_dead(model)
+
+
+def _outputs(walk: Walk) -> list[Feed]:
+    """What the next piece of the walk gives for each feed, by name."""
+    stop = str(walk.pieces[walk.at].stop.name)
+    found = walk.advance()
+    return [{**carried, stop: data} for carried, data in zip(walk.carried, found, strict=True)]
+
+
+def _raised(
+    piece: Piece,
+    sites: Sequence[Site],
+    walk: Walk,
+    wanted: Sequence[Feed],
+    masks: Sequence[NDArray[Any] | None],
+    context: Context,
+) -> Block | str:
+    """The next piece as a block, or why it cannot be one."""
+    from qgraph.torch.block import Block
+
+    try:
+        module = context.target.differentiable(
+            walk.extracted(piece, [site.weight for site in sites])
+        )
+    except ModelError as error:
+        return str(error)
+    reads = [str(value.name) for value in piece.inputs]
+    reached = _reached(piece, sites)
+    writes = [str(value.name) if value in reached else None for value in piece.outputs]
+    return Block(
+        module,
+        [[carried[name] for name in reads] for carried in walk.carried],
+        [[feed[name] if name else None for name in writes] for feed in wanted],
+        masks,
+        all(site.kind in ("matmul", "gemm") for site in sites),
+    )
+
+
+def _reached(piece: Piece, sites: Sequence[Site]) -> set[ir.Value]:
+    """The floats of the piece that depend on its sites."""
+    found = {value for site in sites for value in site.node.outputs}
+    stack = list(found)
+    while stack:
+        for reader in stack.pop().consumers():
+            fresh = [v for v in reader.outputs if reader in piece.nodes and v not in found]
+            found.update(fresh)
+            stack += fresh
+    return {value for value in found if value.dtype in (None, *FLOATS)}
+
+
+def _settled(
+    sites: Sequence[Site], block: Block | str, context: Context, method: Method
+) -> _Outcome:
+    """The integers that are learned for the sites of a block, or those of rounding to nearest."""
+    nearest = [quantize_site(site, _spec(site), context.target.saturates) for site in sites]
+    if isinstance(block, str):
+        return _Outcome(nearest, "declined", f"rounded to nearest: {block}")
+    return _learned(sites, nearest, block, context, method)
+
+
+def _apply(
+    model: ir.Model, sites: Sequence[Site], outcome: _Outcome, context: Context, method: Method
+) -> None:
+    for site, weight in zip(sites, outcome.weights, strict=True):
+        replace_weight(model, site, weight, method.name)
+        context.remark(
+            outcome.kind, method.name, site.name, site.node.op_type, outcome.message,
+            **outcome.numbers,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The weights of a block, and what is to be said of each."""
+
+    weights: Sequence[Quantized]
+    kind: Kind
+    message: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        said = {"kind": np.array(self.kind), "message": np.array(self.message)}
+        numbers = {f"number {name}": np.array(value) for name, value in self.numbers.items()}
+        return {**to_arrays(self.weights), **said, **numbers}
+
+    @staticmethod
+    def from_arrays(kept: Arrays) -> _Outcome:
+        numbers = {
+            key.removeprefix("number "): float(value)
+            for key, value in kept.items()
+            if key.startswith("number ")
+        }
+        weights = [weight for weight in from_arrays(kept) if weight is not None]
+        return _Outcome(weights, kept["kind"].item(), kept["message"].item(), numbers)
+
+
+def _learned(
+    sites: Sequence[Site],
+    nearest: Sequence[Quantized],
+    block: Block,
+    context: Context,
+    method: Method,
+) -> _Outcome:
+    if not block.finite:
+        raise CalibrationError(
+            f"'{sites[0].x.name}', or what follows, becomes NaN or infinite on the calibration "
+            "data: check the data, and that the float model is sound on it"
+        )
+    if not block.reached:
+        why = "calibration data never reached it"
+        return _Outcome(nearest, "declined", f"rounded to nearest: {why}")
+    weights = []
+    for site, weight in zip(sites, nearest, strict=True):
+        w = array(site.weight)
+        assert w is not None
+        weights.append(method.start(w, weight, _spec(site)))
+        release(site.weight)
+    plain = block.error(nearest)
+    if plain:
+        method.learn(block, weights, plain, context.seed)
+    learned = [weight.integers() for weight in weights]
+    noise = block.error(learned)
+    numbers = {"noise": noise, "nearest": plain}
+    if noise < plain:
+        return _Outcome(learned, "applied", "rounding learned", numbers)
+    why = "that serves the calibration data as well"
+    return _Outcome(nearest, "declined", f"rounded to nearest: {why}", numbers)
+
+
+def _spec(site: Site) -> QuantSpec:
+    spec: QuantSpec = site.node.meta[IN][site.w_index]
+    return spec

@@ -1,0 +1,176 @@
+"""Weights that no DequantizeLinear can read, written with the nodes that compute them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.graph.editing import add_constant, insert, shared_constant
+from qgraph.graph.functions import DEQUANTIZE_CODEBOOK, DOMAIN, declare, is_call
+from qgraph.graph.reading import is_op
+from qgraph.numerics.codebooks import (
+    FACTORS,
+    LEVELS,
+    SCALES_PER_BLOCK,
+    NestedScales,
+    best_of,
+    codes_at,
+    nest_scales,
+    quantize_to_levels,
+)
+from qgraph.numerics.quantized import Quantized
+from qgraph.numerics.spec import PerBlock, QuantSpec
+from qgraph.weights.formats.blocks import CACHED_BYTES
+
+
+def write_codebook(model: ir.Model, base: str, weight: Quantized) -> ir.Value:
+    """The float matrix behind codes of 4 bits.
+
+    ::
+
+        codes:uint4 (N, blocks, size) ── DequantizeCodebook ── Reshape ── Transpose ── W (K, N)
+        table (16,), scale (N, blocks) ──┘
+
+    A last block that is shorter is filled up, and cut off again by a Slice. The weight of a Gemm
+    with transB stays (N, K). Runtimes compute all of it once, when they load the model.
+
+    Args:
+        base: what to call the parts.
+        weight: in blocks, with a table.
+
+    Returns:
+        float32 with the weight's shape, computed first of all in the main graph.
+    """
+    assert weight.table is not None
+    codes, scale = weight.q, weight.scale
+    if not weight.axis:
+        codes, scale = codes.T, scale.T
+    (n, k), size = codes.shape, weight.block
+    filler = int(np.abs(weight.table).argmin())
+    filled = np.pad(codes, [(0, 0), (0, -k % size)], constant_values=filler)
+    graph = _Nodes(model, base)
+    blocks = graph.op(
+        DEQUANTIZE_CODEBOOK,
+        add_constant(model, f"{base}_codes", filled.reshape(n, -1, size), ir.DataType.UINT4),
+        shared_constant(model, "qgraph/levels", weight.table),
+        _scales(graph, weight.nested, scale),
+        domain=DOMAIN,
+        shape=(n, filled.shape[1] // size, size),
+    )
+    rows = graph.op("Reshape", blocks, graph.numbers(n, -1), shape=filled.shape)
+    if k % size:
+        rows = graph.cut(rows, k, axis=1, shape=(n, k))
+    return rows if weight.axis else graph.op("Transpose", rows, perm=[1, 0], shape=(k, n))
+
+
+def codebook_call(weight: ir.Value | None, *, turned: bool) -> ir.Node | None:
+    """The DequantizeCodebook that computes a product's weight, as
+    :func:`write_codebook` wrote it; or None.
+
+    Args:
+        turned: the weight is (K, N).
+    """
+    for op_type, expected in (("Transpose", turned), ("Slice", False), ("Reshape", True)):
+        node = weight.producer() if weight is not None else None
+        if node is not None and is_op(node, op_type):
+            weight = node.inputs[0]
+        elif expected:
+            return None
+    call = weight.producer() if weight is not None else None
+    return call if is_call(call, DEQUANTIZE_CODEBOOK) else None
+
+
+def _scales(graph: _Nodes, nested: NestedScales | None, scale: np.ndarray) -> ir.Value:
+    """The scales (N, blocks) as they are, or computed from eight bits each."""
+    model, base = graph.model, graph.base
+    if nested is None:
+        return add_constant(model, f"{base}_scale", np.ascontiguousarray(scale))
+    count, rows = nested.codes.size, nested.scale.size
+    spare = rows * SCALES_PER_BLOCK - count
+    codes = np.pad(nested.codes, (0, spare)).reshape(rows, SCALES_PER_BLOCK)
+    rest = graph.op(
+        DEQUANTIZE_CODEBOOK,
+        add_constant(model, f"{base}_scale_codes", codes),
+        shared_constant(model, "qgraph/scale_levels", nested.table),
+        add_constant(model, f"{base}_scale_scale", nested.scale),
+        domain=DOMAIN,
+        shape=codes.shape,
+    )
+    offset = add_constant(model, f"{base}_scale_offset", nested.offset)
+    scales = graph.op("Add", rest, offset, shape=codes.shape)
+    if spare:
+        scales = graph.op("Reshape", scales, graph.numbers(-1), shape=(codes.size,))
+        scales = graph.cut(scales, count, axis=0, shape=(count,))
+    return graph.op("Reshape", scales, graph.numbers(*scale.shape), shape=scale.shape)
+
+
+class _Nodes:
+    """Puts nodes at the start of the main graph, in order."""
+
+    def __init__(self, model: ir.Model, base: str) -> None:
+        self.model, self.base, self._anchor = model, base, model.graph[0]
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value,
+        shape: tuple[int, ...],
+        domain: str = "",
+        **attributes: int | list[int],
+    ) -> ir.Value:
+        if domain == DOMAIN:
+            declare(self.model, op_type)
+        node = insert(
+            self.model, self._anchor, op_type, inputs,
+            base=f"{self.base}_{op_type}", attributes=attributes, domain=domain,
+        )  # fmt: skip
+        result = node.outputs[0]
+        result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        return result
+
+    def numbers(self, *values: int) -> ir.Value:
+        name = "qgraph/shape_" + "_".join(map(str, values))
+        return shared_constant(self.model, name, np.array(values, np.int64))
+
+    def cut(self, value: ir.Value, count: int, *, axis: int, shape: tuple[int, ...]) -> ir.Value:
+        """The first `count` elements along an axis."""
+        bounds = [self.numbers(0), self.numbers(count), self.numbers(axis)]
+        return self.op("Slice", value, *bounds, shape=shape)
+
+
+def quantize_in_codebook(w: np.ndarray, blocks: PerBlock, spec: QuantSpec) -> Quantized:
+    """:func:`codebooks.quantize_to_levels` of a matrix of any size, (K, N) or (N, K).
+
+    Args:
+        w: float weight, memory-mapped or not.
+        blocks: their size, and which axis of `w` is K.
+        spec: names the codebook; `observer="mse"` seeks each block's scale, anything else covers
+            the whole range.
+    """
+    assert spec.codebook is not None
+    columns, table = w if blocks.axis else w.T, LEVELS[spec.codebook]
+    n, k = columns.shape
+    codes = np.empty(columns.shape, np.uint8)
+    scale = np.empty((n, -(-k // blocks.size)), np.float32)
+    step = max(1, CACHED_BYTES // (4 * max(k, 1)))
+    parts = [slice(start, start + step) for start in range(0, n, step)]
+    seek = spec.observer == "mse"
+    factors = FACTORS if seek else (1.0,)
+    for part in parts:
+        piece = np.asarray(columns[part], np.float32)
+        codes[part], scale[part] = quantize_to_levels(piece, blocks.size, table, factors)
+    nested = nest_scales(scale) if spec.double else None
+    if nested is not None:  # codes for the scales as they come back: that undoes most of the loss
+        shifts = (0, -1, 1) if seek else (0,)
+        tried = np.stack([nested.shifted(by).float().reshape(scale.shape) for by in shifts])
+        chosen = np.empty(scale.shape, np.intp)
+        for part in parts:
+            piece = np.asarray(columns[part], np.float32)
+            chosen[part] = best_of(tried[:, part], piece, blocks.size, table)
+            scale[part] = np.choose(chosen[part], tried[:, part])
+            codes[part] = codes_at(piece, scale[part], blocks.size, table)
+        nested = nested.shifted(np.take(shifts, chosen.reshape(-1)))
+    if not blocks.axis:
+        codes, scale = (np.ascontiguousarray(a.T) for a in (codes, scale))
+    zero = np.zeros(scale.shape, np.int32)
+    return Quantized(codes, scale, zero, blocks.axis, block=blocks.size, table=table, nested=nested)

@@ -1,0 +1,216 @@
+"""The integers that a site's weight becomes: rounding, bias overflow and saturation together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.errors import PipelineError
+from qgraph.graph.annotation import IN, INTEGERS, SCALE, STATS, static_spec
+from qgraph.graph.editing import add_constant
+from qgraph.graph.ops import MOVES
+from qgraph.graph.reading import array, attribute, constant, dims, is_op
+from qgraph.graph.sites import Site, reduction_rows
+from qgraph.numerics.codebooks import integer_levels
+from qgraph.numerics.quantized import Quantized
+from qgraph.numerics.reference import quantize, scale_zero_point, weight_scale_for_bias
+from qgraph.numerics.saturation import can_saturate, quantize_unsaturated
+from qgraph.numerics.spec import (
+    _NIBBLES,
+    FLOAT8,
+    NUMPY,
+    Granularity,
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    QuantSpec,
+)
+from qgraph.numerics.stats import find_range
+from qgraph.weights.formats.blocks import quantize_in_groups
+from qgraph.weights.formats.codebook import quantize_in_codebook
+from qgraph.weights.formats.linear import CHUNK_BYTES, quantize_in_slices
+
+
+def replace_weight(model: ir.Model, site: Site, integers: Quantized, word: str) -> None:
+    """Make the site read the float values of these integers, computed when they are read, and
+    `insert-qdq` write the integers as they are.
+
+    Args:
+        word: what was done to the weight, part of its new name.
+    """
+    tensor, spec = constant(site.weight), site.node.meta[IN][site.w_index]
+    assert tensor is not None
+    values = ir.LazyTensor(
+        partial(_values, integers, tensor.dtype),
+        dtype=tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        cache=False,
+    )
+    new = add_constant(model, f"{site.weight.name}_{word}", values)
+    new.meta[INTEGERS] = (spec, integers)
+    site.node.replace_input_with(site.w_index, new)
+
+
+def _values(integers: Quantized, dtype: ir.DataType) -> ir.TensorProtocol:
+    return ir.Tensor(integers.float().astype(dtype.numpy()))
+
+
+def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of a value with a fixed-scale spec, its own or a user's.
+
+    What only moves data keeps the scale of its source, so that it can move the integers instead.
+
+    Raises:
+        PipelineError: the value has no statistics, or its integers are none of 8 bits.
+    """
+    spec, stats, producer = static_spec(value), value.meta.get(STATS), value.producer()
+    assert spec is not None
+    if producer is not None and is_op(producer, *MOVES) and IN in producer.meta:
+        source = producer.inputs[0]
+        if source is not None and static_spec(source) == spec:
+            return activation_scale(source)
+    trained: tuple[np.ndarray, np.ndarray] | None = value.meta.get(SCALE)
+    if trained is not None:
+        return trained
+    if stats is None or not stats.count:
+        raise PipelineError(
+            f"'{value.name}' is to be quantized statically but was not calibrated: "
+            "put insert-observers,calibrate before insert-qdq"
+        )
+    low, high = find_range(stats, _writable(spec, PerTensor))
+    return scale_zero_point(np.float32(low), np.float32(high), spec)
+
+
+def _writable(spec: QuantSpec, *kinds: type[Granularity]) -> QuantSpec:
+    """`spec`, if insert-qdq can write it."""
+    if isinstance(spec.granularity, PerBlock):
+        known = spec.dtype in NUMPY
+    else:
+        known = spec.dtype in NUMPY and (PerAxis in kinds or spec.dtype not in _NIBBLES)
+    if known and isinstance(spec.granularity, kinds):
+        return spec
+    raise PipelineError(
+        f"insert-qdq cannot write '{spec}': weights are integers of 4 or 8 bits, per-tensor, "
+        "per-axis or in blocks of a matrix, static activations int8 or uint8, per-tensor"
+    )
+
+
+def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
+    """The site's weight in integers, ready for the kernels it will meet.
+
+    Args:
+        spec: of the weight.
+        saturates: u8·s8 products are added in pairs in int16, see `Target.saturates`.
+
+    Raises:
+        PipelineError: the spec cannot be written, or the data is not calibrated.
+    """
+    wanted, trained = site.weight.meta.get(INTEGERS, (None, None))
+    given: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
+    if wanted == spec and isinstance(trained, Quantized):
+        return _for_kernel(trained, given)
+    w = array(site.weight)
+    assert w is not None
+    kinds = (PerTensor, PerAxis, *((PerBlock,) if w.ndim == 2 else ()))
+    granularity = _writable(spec, *kinds).granularity
+    if isinstance(granularity, PerBlock):
+        if spec.codebook:
+            return _for_kernel(quantize_in_codebook(w, granularity, spec), given)
+        return quantize_in_groups(w, granularity, spec)
+    axis = granularity.axis if isinstance(granularity, PerAxis) else None
+    if spec.dtype in FLOAT8:
+        return Quantized(*quantize_in_slices(w, axis, spec), axis)
+    data = given
+    fixed = activation_scale(site.x) if data is not None and data.observer != "dynamic" else None
+    floor = _bias_floor(site, fixed[0]) if fixed is not None else None
+    q, scale, zero = quantize_in_slices(w, axis, spec, floor)
+    repaired = 0
+    if saturates and data is not None and _adds_pairs(site, axis, spec):
+        largest = 255 if fixed is None else _largest_pairs(site, *fixed)
+        repaired = unsaturated(w, q, scale, site, largest)
+    return Quantized(q, scale, zero, axis, repaired)
+
+
+def _for_kernel(weight: Quantized, data: QuantSpec | None) -> Quantized:
+    """The weight with the levels that its product has: beside integers, integers as well."""
+    if weight.table is None or data is None:
+        return weight
+    return replace(weight, table=integer_levels(weight.table))
+
+
+def _largest_pairs(site: Site, scale: np.ndarray, zero: np.ndarray) -> int | np.ndarray:
+    """The largest integer that either activation of each pair takes in calibration: (K // 2, 1)."""
+    stats, spec = site.x.meta[STATS], static_spec(site.x)
+    assert spec is not None
+    tops = stats.channel_high if stats.channel_high is not None else np.asarray(stats.high)
+    largest = quantize(tops.astype(np.float32), scale, zero, spec.qmin, spec.qmax)
+    largest = np.maximum(largest, zero)  # where a convolution pads, whatever the channel holds
+    k = site.kn[0]
+    if not largest.ndim or k % largest.size or attribute(site.node, "group", 1) != 1:
+        return int(largest.max())  # of several groups, an output meets only some of the channels
+    largest = np.tile(largest, k // largest.size)
+    even = k // 2 * 2
+    return np.asarray(np.maximum(largest[0:even:2], largest[1:even:2])[:, np.newaxis])
+
+
+def _adds_pairs(site: Site, axis: int | None, spec: QuantSpec) -> bool:
+    """Whether x86 kernels add this site's products in pairs, and 8-bit weights fill the pair."""
+    if spec.width < 8 or axis is None or not spec.symmetric or site.kind == "conv_transpose":
+        return False
+    depthwise = site.kind == "conv" and dims(site.weight)[1] == 1
+    return site.kind in ("matmul", "gemm", "conv") and not depthwise
+
+
+def unsaturated(
+    w: np.ndarray, q: np.ndarray, scale: np.ndarray, site: Site, largest: int | np.ndarray
+) -> int:
+    """Requantize in place the channels of `q` in which u8·s8 pairs can overflow int16.
+
+    Args:
+        w: float weight; `q`, `scale`: as :func:`quantize_in_slices` gave them, int8 per channel.
+        largest: largest unsigned activation that can occur, one or for each pair (K // 2, 1).
+
+    Returns:
+        how many channels were changed.
+    """
+    rows, floats = reduction_rows(q, site), reduction_rows(w, site)
+    changed = 0
+    step = max(1, CHUNK_BYTES // (4 * max(rows.shape[0], 1)))
+    for start in range(0, rows.shape[1], step):
+        part = slice(start, start + step)
+        bad = (
+            np.flatnonzero(can_saturate(rows[:, part].astype(np.int32), largest).any(axis=0))
+            + start
+        )
+        if not bad.size:
+            continue
+        changed += bad.size
+        piece = np.asarray(floats[:, bad], np.float32)
+        rows[:, bad], scale[bad] = quantize_unsaturated(piece, scale[bad], largest)
+    if changed and site.kind == "conv":
+        shape = (*q.shape[2:], q.shape[1], q.shape[0])
+        q[...] = rows.reshape(shape).transpose(q.ndim - 1, q.ndim - 2, *range(q.ndim - 2))
+    return changed
+
+
+def constant_bias(site: Site) -> np.ndarray | None:
+    """The bias that an integer Conv or Gemm can add, float32 (N,), or None."""
+    bias, n = array(site.bias), site.kn[1]
+    if bias is None or site.kind not in ("conv", "gemm"):
+        return None
+    if attribute(site.node, "alpha", 1.0) != 1.0 or attribute(site.node, "beta", 1.0) != 1.0:
+        return None
+    if bias.size not in (1, n) or bias.shape not in ((), (bias.size,), (1, bias.size)):
+        return None
+    return np.array(np.broadcast_to(bias.reshape(-1), n), np.float32)
+
+
+def _bias_floor(site: Site, x_scale: np.ndarray) -> np.ndarray | None:
+    """The smallest weight scales at which the site's bias fits int32; None without such a bias."""
+    bias = constant_bias(site)
+    if bias is None:
+        return None
+    return weight_scale_for_bias(np.zeros(bias.size, np.float32), x_scale, bias)
