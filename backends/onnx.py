@@ -43,11 +43,11 @@ class OnnxTarget:
     def supports(
         self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
     ) -> Verdict:
-        dynamic = activation is not None and activation.observer == "dynamic"
+        dynamic = activation is not None and activation.dynamic
         if isinstance(weight.granularity, PerBlock) and weight.width > 4 and dynamic:
             return Verdict(False, "no runtime multiplies 8-bit blocks by rounded data as integers")
         per_run = activation is not None and isinstance(activation.granularity, PerTensor)
-        if dynamic and site.kind in ("conv", "conv_transpose"):
+        if dynamic and site.is_convolution:
             return Verdict(False, "standard ONNX has no dynamic convolution with signed weights")
         if activation is not None and isinstance(activation.granularity, PerBlock):
             return Verdict(False, "no standard operator multiplies activations in blocks")

@@ -27,7 +27,7 @@ from qgraph.graph.annotation import (
 from qgraph.graph.islands import Cost, settle, size
 from qgraph.graph.ops import FLOATS
 from qgraph.graph.reading import array, constant, dims, is_op, node_name, nodes, opset, release
-from qgraph.graph.sites import Site, SiteKind, nested, site_of, sites
+from qgraph.graph.sites import CONVOLUTIONS, PRODUCTS, Site, SiteKind, nested, site_of, sites
 from qgraph.numerics.spec import (
     FLOAT8,
     PER_RUN,
@@ -86,8 +86,8 @@ class Rule:
 def dynamic_rules(weight: QuantSpec = WEIGHT) -> tuple[Rule, ...]:
     """Weights quantized once, activations at run time: needs no data."""
     return (
-        Rule(("matmul", "gemm"), weight, (PER_TOKEN, PER_RUN)),
-        Rule(("conv", "conv_transpose"), weight, (PER_RUN,)),
+        Rule(PRODUCTS, weight, (PER_TOKEN, PER_RUN)),
+        Rule(CONVOLUTIONS, weight, (PER_RUN,)),
         Rule(("gather",), weight),
         Rule(("activations",), None, why=_ATTENTION),
         Rule(("rnn",), None, why=_RECURRENT),
@@ -104,8 +104,8 @@ def static_rules(
         token: for the data of matrix products.
     """
     return (
-        Rule(("conv", "conv_transpose"), weight, (image,)),
-        Rule(("matmul", "gemm"), weight, (token,)),
+        Rule(CONVOLUTIONS, weight, (image,)),
+        Rule(PRODUCTS, weight, (token,)),
         *dynamic_rules(weight)[2:],
     )
 
@@ -217,7 +217,7 @@ class Annotate(Pass):
         for weight, activation in product(_own(rule.weight, site), rule.activations or (None,)):
             if found and (not compares or weight != found[0][0]):
                 break
-            if inside and activation is not None and activation.observer != "dynamic":
+            if inside and activation is not None and not activation.dynamic:
                 verdict = Verdict(False, "calibration cannot look into bodies of control flow")
             elif lacking := _unwritable(weight, activation, site, version):
                 verdict = Verdict(False, lacking)
@@ -289,9 +289,9 @@ def _unwritable(
     if not isinstance(weight.granularity, PerBlock) and weight.dtype not in _NIBBLES:
         return None
     table = site.kind == "gather" and isinstance(weight.granularity, PerBlock)
-    if site.kind not in ("matmul", "gemm") and not (table and len(dims(site.weight)) == 2):
+    if not site.is_product and not (table and len(dims(site.weight)) == 2):
         return f"blocks and 4-bit integers are for products, not for {site.node.op_type}"
-    if activation is not None and activation.observer != "dynamic":
+    if activation is not None and not activation.dynamic:
         return "no runtime multiplies blocks or 4-bit integers by data with a fixed scale"
     columns = activation is not None and not isinstance(activation.granularity, PerBlock)
     if columns and weight.codebook:

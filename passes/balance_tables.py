@@ -108,7 +108,7 @@ def _tie(model: ir.Model, site: Site, context: Context) -> bool:
 def _may_share(model: ir.Model, table: Site, product: Site) -> bool:
     """Whether the table has the shape of the product's weight and is to become such integers."""
     weight, indices = product.weight, table.x
-    if product.kind not in ("matmul", "gemm"):
+    if not product.is_product:
         return False
     if model.graph.initializers.get(weight.name or "") is not weight:  # of a body: out of sight
         return False

@@ -152,7 +152,7 @@ def _distance(wanted: np.ndarray, found: np.ndarray) -> float:
 
 def _unfit(site: Site, spec: QuantSpec) -> str | None:
     """Why this site cannot be corrected, or None."""
-    if site.kind not in ("conv", "matmul", "gemm"):
+    if not (site.is_product or site.kind == "conv"):
         return f"the shift of a {site.node.op_type} is not corrected"
     if not isinstance(spec.granularity, PerTensor | PerAxis):
         return f"its weight is quantized {spec.granularity}"

@@ -101,7 +101,7 @@ class Distill(Pass):
     def _may_learn(self, site: Site, context: Context) -> bool:
         specs: dict[int, QuantSpec] = site.node.meta.get(IN, {})
         data, weight = specs.get(site.x_index), specs.get(site.w_index)
-        if weight is None or data is None or data.observer != "dynamic":
+        if weight is None or data is None or not data.dynamic:
             return False
         why = None
         if len(site.weight.uses()) > 1:

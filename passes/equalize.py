@@ -93,7 +93,7 @@ class Equalize(Pass):
     def _pairs(self, model: ir.Model, context: Context) -> Iterator[_Pair]:
         for node in model.graph.all_nodes():
             site = site_of(node)
-            if site is None or site.kind not in ("conv", "matmul", "gemm"):
+            if site is None or not (site.is_product or site.kind == "conv"):
                 continue
             found = _pair(site)
             if isinstance(found, _Pair):
@@ -132,10 +132,8 @@ def _pair(site: Site) -> _Pair | str:
         if not is_op(user, *homogeneous) or user.inputs[0] is not value or len(user.outputs) > 1:
             return f"{user.op_type} '{node_name(user)}' does not pass a scale on"
         last = user
-    matrices = ("matmul", "gemm")
-    if (site.kind, follower.kind) != ("conv", "conv") and not (
-        site.kind in matrices and follower.kind in matrices
-    ):
+    convolutions = site.kind == follower.kind == "conv"
+    if not convolutions and not (site.is_product and follower.is_product):
         return f"{user.op_type} '{follower.name}' has other channels"
     return _Pair(site, follower, bias)
 

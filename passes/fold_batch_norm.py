@@ -65,7 +65,7 @@ class FoldBatchNorm(Pass):
 
     def _fold(self, model: ir.Model, node: ir.Node, context: Context) -> bool:
         site = site_of(node)
-        if site is None or site.kind not in ("conv", "conv_transpose", "gemm", "matmul"):
+        if site is None or not (site.is_product or site.is_convolution):
             return False
         add = _bias_add(site) if site.kind == "matmul" else None
         last = add or node

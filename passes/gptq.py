@@ -126,7 +126,7 @@ class GPTQ(Pass):
         }
         for node, specs in annotated(model):
             site = site_of(node)
-            if site is None or site.kind not in ("matmul", "gemm") or site.w_index not in specs:
+            if site is None or not site.is_product or site.w_index not in specs:
                 continue
             why: str | None = "it sits where no calibration data can be looked at"
             if node in reached:

@@ -74,7 +74,7 @@ class GuardStatic(Pass):
     def _guard_site(self, site: Site, spec: QuantSpec, context: Context) -> bool:
         stats: Stats = site.x.meta.get(STATS, Stats())
         op, weight = site.node.op_type, site.node.meta[IN][site.w_index]
-        dynamic = spec.observer == "dynamic"
+        dynamic = spec.dynamic
         if not dynamic and not stats.count:
             retract(site)
             context.remark("float", self.name, site.name, op, _UNREACHED)

@@ -72,8 +72,8 @@ class InsertObservers(Pass):
     def _wanted(self, value: ir.Value, specs: list[QuantSpec], saturates: bool) -> Wanted:
         wanting = [use for use in value.uses() if use.idx in use.node.meta.get(IN, {})]
         users = [s for u in wanting if (s := site_of(u.node)) and s.x_index == u.idx]
-        linear = any(s.kind in ("matmul", "gemm") for s in users)
-        axes = {-1 if s.kind in ("matmul", "gemm") else 1 for s in users}
+        linear = any(s.is_product for s in users)
+        axes = {-1 if s.is_product else 1 for s in users}
         axis = axes.pop() if len(axes) == 1 else None  # readers that disagree get neither
         return Wanted(
             histogram=any(s.observer in ("percentile", "entropy", "mse") for s in specs),

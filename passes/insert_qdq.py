@@ -92,7 +92,7 @@ class InsertQDQ(Pass):
             work.activation(value, scale, zero)
         for node, specs in wanted:
             for index, spec in specs.items():
-                if spec.observer == "dynamic":
+                if spec.dynamic:
                     work.dynamic(node, index, spec)
         for value in _all_values(model):
             value.meta.pop(SPEC, None)
@@ -188,7 +188,7 @@ class _Commit:
         if spec.codebook or spec.dtype in FLOAT8:
             site.node.replace_input_with(site.w_index, self._computed(site, spec, data))
             return
-        static = data is not None and data.observer != "dynamic"
+        static = data is not None and not data.dynamic
         key = (id(site.weight), spec, id(site.node) if static else 0)
         if site.kind == "gather":  # any product's integers will do
             key = next((known for known in self.weights if known[:2] == key[:2]), key)
@@ -260,7 +260,7 @@ class _Commit:
         spec, shared = static_spec(value), SPEC in value.meta
         assert spec is not None
         users = [u for u in value.uses() if shared or u.idx in u.node.meta.get(IN, {})]
-        users = [u for u in users if u.node.meta.get(IN, {}).get(u.idx, spec).observer != "dynamic"]
+        users = [u for u in users if not u.node.meta.get(IN, {}).get(u.idx, spec).dynamic]
         anchor = value.producer()
         first = self.model.graph[0]
         inputs = [value, add_constant(self.model, f"{value.name}_scale", scale)]

@@ -36,7 +36,6 @@ ONE_MORE = (
     "vaultgemma",
 )
 """Families of models whose norms multiply by one more than their weight."""
-_PRODUCTS = ("matmul", "gemm")
 _SCALES = {
     "Mul": (0, 1),
     "LayerNormalization": (1,),
@@ -138,10 +137,10 @@ class _Loading:
         """Place the tensors of modules which the nodes `members` compute, side by side."""
         sites = [site for node in members if (site := site_of(node)) is not None]
         if not parts:
-            self.missing += [site for site in sites if site.kind in _PRODUCTS]
+            self.missing += [site for site in sites if site.is_product]
             return
         for site in sites:
-            if site.kind in _PRODUCTS:
+            if site.is_product:
                 self._product(site, parts, check=self.check)
             elif site.kind not in ("activations", "rnn"):
                 self._table(site, parts[0])

@@ -203,7 +203,7 @@ def _measured_noise(
         y = _times(tokens, w, site.axis)
         for alpha, s in candidates.items():
             scaled = stats.divided(s)
-            span = None if data.observer == "dynamic" else (scaled.low, scaled.high)
+            span = None if data.dynamic else (scaled.low, scaled.high)
             bound = lowest if not lowest or not alpha else None  # a Mul keeps no bound below 0
             x_q, w_s = rounded_data(tokens / s, data, span, bound), w * along(s, 1 - site.axis, 2)
             w_q = w_s if weight is None else rounded_weight(w_s, weight)

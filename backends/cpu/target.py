@@ -118,7 +118,7 @@ class CpuTarget:
             return Verdict(False, f"int8 columns have no room for blocks of {weight.width} bits")
         lowering = _lowering(site, activation)
         if lowering is None:
-            how = "dynamic " if activation.observer == "dynamic" else ""
+            how = "dynamic " if activation.dynamic else ""
             return Verdict(
                 False, f"onnxruntime has no {how}int8 {site.node.op_type} on CPU that is faster"
             )
@@ -222,8 +222,8 @@ def _mean(speedups: np.ndarray) -> float:
 
 def _lowering(site: Site, activation: QuantSpec) -> Lowering | None:
     """The row of the table that this site belongs to."""
-    dynamic = activation.observer == "dynamic"
-    if site.kind in ("matmul", "gemm"):
+    dynamic = activation.dynamic
+    if site.is_product:
         if not dynamic:
             return "static"
         return "per-token" if isinstance(activation.granularity, PerToken) else "per-run"

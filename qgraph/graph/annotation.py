@@ -40,7 +40,7 @@ def words(spec: QuantSpec) -> str:
     granularity = "per-channel" if isinstance(spec.granularity, PerAxis) else str(spec.granularity)
     if isinstance(spec.granularity, PerBlock):
         granularity = f"in blocks of {spec.granularity.size}"
-    when = "dynamic " if spec.observer == "dynamic" else ""
+    when = "dynamic " if spec.dynamic else ""
     return f"{when}{spec.codebook or spec.dtype.name.lower()} {granularity}"
 
 
@@ -51,7 +51,7 @@ def commit_to(site: Site, activation: QuantSpec | None, weight: QuantSpec) -> No
     if activation is not None:
         wanted[site.x_index] = activation
     site.node.meta[IN] = wanted
-    if activation is not None and activation.observer != "dynamic" and site.kind == "conv":
+    if activation is not None and not activation.dynamic and site.kind == "conv":
         output_value(site.node).meta[SPEC] = activation
 
 
@@ -77,7 +77,7 @@ def static_specs(value: ir.Value) -> list[QuantSpec]:
         return []
     wanted = [value.meta.get(SPEC)]
     wanted += [use.node.meta.get(IN, {}).get(use.idx) for use in value.uses()]
-    return [spec for spec in wanted if spec is not None and spec.observer != "dynamic"]
+    return [spec for spec in wanted if spec is not None and not spec.dynamic]
 
 
 def static_spec(value: ir.Value) -> QuantSpec | None:
@@ -96,7 +96,7 @@ def product_groups(
     groups: dict[ir.Value, list[Site]] = {}
     for node in model.graph:
         site = site_of(node)
-        if site is not None and site.kind in ("matmul", "gemm") and constant(site.x) is None:
+        if site is not None and site.is_product and constant(site.x) is None:
             groups.setdefault(site.x, []).append(site)
     return {
         x: found

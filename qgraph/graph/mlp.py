@@ -48,7 +48,7 @@ def ends_mlp(site: Site) -> bool:
 
 def _is_product(node: ir.Node) -> bool:
     site = site_of(node)
-    return site is not None and site.kind in ("matmul", "gemm")
+    return site is not None and site.is_product
 
 
 def _activates(node: ir.Node) -> bool:

@@ -14,6 +14,8 @@ from qgraph.graph.ops import FLOATS
 from qgraph.graph.reading import attribute, constant, dims, is_op, node_name, nodes
 
 SiteKind = Literal["matmul", "gemm", "conv", "conv_transpose", "gather", "rnn", "activations"]
+PRODUCTS: tuple[SiteKind, ...] = ("matmul", "gemm")
+CONVOLUTIONS: tuple[SiteKind, ...] = ("conv", "conv_transpose")
 _RNN = ("LSTM", "GRU", "RNN")
 
 
@@ -40,6 +42,16 @@ class Site:
     w_index: int
     axis: int
     bias_index: int | None = None
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the node multiplies matrices, of which the second is constant."""
+        return self.kind in PRODUCTS
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the node is a convolution, transposed or not."""
+        return self.kind in CONVOLUTIONS
 
     @property
     def name(self) -> str:

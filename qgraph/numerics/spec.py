@@ -139,6 +139,11 @@ class QuantSpec:
             raise QGraphError("only scales of a codebook's blocks are quantized twice")
 
     @property
+    def dynamic(self) -> bool:
+        """Whether the range is found at run time."""
+        return self.observer == "dynamic"
+
+    @property
     def width(self) -> int:
         """Number of bits whose levels are used."""
         return self.bits or _BITS[self.dtype]

@@ -194,7 +194,7 @@ def find_range(stats: Stats, spec: QuantSpec) -> tuple[float, float]:
         CalibrationError: nothing finite was seen, the range is found at run time (`dynamic`), or
             `spec.observer` needs a histogram that was not collected.
     """
-    if spec.observer == "dynamic":
+    if spec.dynamic:
         raise CalibrationError("a dynamic range is found at run time: use a static observer here")
     if not stats.low <= stats.high:
         raise CalibrationError(

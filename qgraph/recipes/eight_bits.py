@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qgraph.errors import QGraphError
 from qgraph.graph.mlp import ends_mlp, in_mlp
+from qgraph.graph.sites import CONVOLUTIONS, PRODUCTS
 from qgraph.numerics.spec import (
     PER_RUN,
     PER_TOKEN,
@@ -116,7 +117,7 @@ def smoothquant(
     weight = int8_weight(bits)
     if alpha == "auto":
         alpha = "search" if level == "O1" else 0.5
-    per_run = Rule(("matmul", "gemm"), weight, (PER_RUN, PER_TOKEN))
+    per_run = Rule(PRODUCTS, weight, (PER_RUN, PER_TOKEN))
     annotate = {
         "O1": Annotate("dynamic", rules=tuple(rules), weight=weight),
         "O2": Annotate("dynamic", rules=(*rules, per_run), weight=weight),
@@ -195,7 +196,7 @@ def zeroquant(
         rules: which sites to treat otherwise.
     """
     weight, mlp = _in_groups(bits, group_size), _in_groups(mlp_bits or bits, group_size)
-    products = Rule(("matmul", "gemm"), mlp, (PER_TOKEN, PER_RUN), where=in_mlp)
+    products = Rule(PRODUCTS, mlp, (PER_TOKEN, PER_RUN), where=in_mlp)
     others = () if mlp == weight else (products,)
     annotate = Annotate("dynamic", rules=(*rules, *others), weight=weight)
     smooth = (InsertObservers(channel_ranges=True), Calibrate(), Smooth(alpha)) if alpha else ()
@@ -218,8 +219,8 @@ def fp8(*, dtype: Float8 = "e4m3", activations: bool = False, rules: Sequence[Ru
         raise QGraphError(f"dtype '{dtype}' is unknown: use one of e4m3, e5m2")
     kind = ir.DataType.FLOAT8E4M3FN if dtype == "e4m3" else ir.DataType.FLOAT8E5M2
     weight, data = QuantSpec(kind, PerAxis(0), observer="absmax"), QuantSpec(kind)
-    products = Rule(("matmul", "gemm"), weight, (data, None) if activations else (None,))
-    others = Rule(("conv", "conv_transpose"), weight)
+    products = Rule(PRODUCTS, weight, (data, None) if activations else (None,))
+    others = Rule(CONVOLUTIONS, weight)
     annotate = Annotate("dynamic", rules=(*rules, products, others))
     calibrate = (InsertObservers(), Calibrate()) if activations else ()
     steps = (ConvertOpset(SMALL_INTEGERS), annotate, *calibrate, *commit())
@@ -230,7 +231,7 @@ def _grouped(size: int) -> Rule:
     """8 bits in groups of input channels, of the weights and of each token."""
     groups = QuantSpec(ir.DataType.INT8, PerBlock(-1, size), observer="dynamic")
     weight = WEIGHT.with_(granularity=PerBlock(0, size))
-    return Rule(("matmul", "gemm"), weight, (groups, PER_TOKEN), where=ends_mlp)
+    return Rule(PRODUCTS, weight, (groups, PER_TOKEN), where=ends_mlp)
 
 
 def _dynamic(bits: int, rules: Sequence[Rule]) -> tuple[Pass, ...]:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph.errors import QGraphError
 from qgraph.graph.annotation import INTEGERS
-from qgraph.graph.sites import Site, SiteKind
+from qgraph.graph.sites import CONVOLUTIONS, PRODUCTS, Site
 from qgraph.numerics.spec import PER_TOKEN, SMALL_INTEGERS, WEIGHT, Codebook, PerBlock, QuantSpec
 from qgraph.passes.adaround import AdaRound
 from qgraph.passes.annotate import Annotate, Rule
@@ -244,10 +244,9 @@ def checkpoint(
         raise QGraphError(f"kernel '{kernel}' is unknown: use one of int8, bnb4")
     sizes = (128, 64, 32, 16, 256)
     blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
-    products: tuple[SiteKind, ...] = ("matmul", "gemm")
-    codes = Rule(products, WEIGHT, (None,), where=lambda site: _brought(site, codebook=True))
-    own = Rule(products, WEIGHT, (*blocks, None), where=_brought)
-    others = Rule((*products, "conv", "conv_transpose", "gather"), None, why="float in checkpoint")
+    codes = Rule(PRODUCTS, WEIGHT, (None,), where=lambda site: _brought(site, codebook=True))
+    own = Rule(PRODUCTS, WEIGHT, (*blocks, None), where=_brought)
+    others = Rule((*PRODUCTS, *CONVOLUTIONS, "gather"), None, why="float in checkpoint")
     for_exchange = kernel == "bnb4"
     chosen = (*((codes,) if for_exchange else ()), own, *rules, *(() if bits else (others,)))
     canonicalize, *fuse = FLOAT_STAGE
@@ -288,7 +287,7 @@ def _codebook(
     )
     blocks = QuantSpec(ir.DataType.INT8, PerBlock(-1, size), observer="dynamic")
     for_exchange = kernel == "bnb4"
-    products = Rule(("matmul", "gemm"), weight, (None,) if for_exchange else (blocks, None))
+    products = Rule(PRODUCTS, weight, (None,) if for_exchange else (blocks, None))
     annotate = ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, products))
     bnb4 = (UseBnb4(),) if for_exchange else ()
     return *FLOAT_STAGE, *annotate, BalanceTables(), InsertQDQ(), FoldQDQ(), *bnb4, Lower()
@@ -307,7 +306,7 @@ def _weight_only(
     weight = few_bits(bits, group_size, symmetric, observer)
     sizes = (group_size,) if group_size else (128, 64, 32)
     blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
-    products = Rule(("matmul", "gemm"), weight, (*blocks, PER_TOKEN, None), by_speed=True)
+    products = Rule(PRODUCTS, weight, (*blocks, PER_TOKEN, None), by_speed=True)
     tables = _tables(embedding_bits, group_size, symmetric, observer)
     return ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, *tables, products))
 
@@ -321,7 +320,7 @@ def _weights_alone(
     weight = int8_weight(bits).with_(observer="mse")
     if not symmetric:
         weight = weight.with_(dtype=ir.DataType.UINT8, symmetric=False)
-    convolutions = Rule(("conv", "conv_transpose"), weight, (None,))
+    convolutions = Rule(CONVOLUTIONS, weight, (None,))
     return opset, replace(annotate, rules=(*annotate.rules, convolutions))
 
 

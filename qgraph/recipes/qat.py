@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from qgraph.errors import QGraphError
+from qgraph.graph.sites import CONVOLUTIONS, PRODUCTS
 from qgraph.numerics.spec import SMALL_INTEGERS
 from qgraph.passes.annotate import Annotate, Rule
 from qgraph.passes.convert_opset import ConvertOpset
@@ -52,8 +53,8 @@ def qat(
     elif scheme == "dynamic":
         annotate = (Annotate("dynamic", rules=tuple(rules), weight=weight),)
     else:
-        products = Rule(("matmul", "gemm"), few_bits(bits, group_size, True, "mse"))
-        convolutions = Rule(("conv", "conv_transpose"), weight)
+        products = Rule(PRODUCTS, few_bits(bits, group_size, True, "mse"))
+        convolutions = Rule(CONVOLUTIONS, weight)
         rules = (*rules, products, convolutions)
         annotate = ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=rules, weight=weight)
     return Recipe("qat", (*FLOAT_STAGE, *annotate, InsertQDQ(), FoldQDQ(), Lower()), trains=True)

@@ -66,8 +66,9 @@ def learnable(
     found = []
     for node, specs in annotated(model):
         site = site_of(node)
-        kinds = ("matmul", "gemm", "conv", "conv_transpose")
-        if site is None or site.kind not in kinds or site.w_index not in specs:
+        if site is None or not (site.is_product or site.is_convolution):
+            continue
+        if site.w_index not in specs:
             continue
         why: str | None = "it sits where no calibration data can be looked at"
         if not nested(model, node):
@@ -156,7 +157,7 @@ def _raised(
         [[carried[name] for name in reads] for carried in walk.carried],
         [[feed[name] if name else None for name in writes] for feed in wanted],
         masks,
-        all(site.kind in ("matmul", "gemm") for site in sites),
+        all(site.is_product for site in sites),
     )
 
 

@@ -37,7 +37,7 @@ class InsertQuantizers:
         for node, specs in annotated(self.model):
             for index, spec in specs.items():
                 value = node.inputs[index]
-                if spec.observer == "dynamic" and value is not None:
+                if spec.dynamic and value is not None:
                     self._dynamic(node, index, value, spec)
         for value in list(values(self.model)):
             if static_spec(value) is not None:
@@ -89,7 +89,7 @@ class InsertQuantizers:
         new.meta[VALUE] = value.name
         for use in value.uses():
             wanted = use.node.meta.get(IN, {}).get(use.idx)
-            if (shared or wanted is not None) and (wanted or spec).observer != "dynamic":
+            if (shared or wanted is not None) and not (wanted or spec).dynamic:
                 self.calls[node_name(use.node)].update_arg(use.idx, new)
         if shared and value.is_graph_output():
             output = next(n for n in self.graph.nodes if n.op == "output")
@@ -107,7 +107,7 @@ class InsertQuantizers:
         self, site: Site, specs: dict[int, QuantSpec], shared: dict[tuple[ir.Value, QuantSpec], str]
     ) -> None:
         spec, data = specs[site.w_index], specs.get(site.x_index)
-        static = data is not None and data.observer != "dynamic"
+        static = data is not None and not data.dynamic
         of_data = self._quantizer(site.x) if static else None
         has_bias = static and constant_bias(site) is not None
         key = (site.weight, spec)

@@ -30,7 +30,7 @@ def fixed_scales(weight: QuantSpec, data: QuantSpec | None) -> str | None:
     blocks = isinstance(weight.granularity, PerBlock)
     if weight.codebook or weight.dtype not in _INTEGERS:
         return "its levels are not evenly spaced"
-    if data is not None and data.observer != "dynamic":
+    if data is not None and not data.dynamic:
         return "its bias must fit the scale of its data"
     if not blocks and not (isinstance(weight.granularity, PerAxis) and weight.width < 8):
         return "it has 8 bits and a scale for each channel, which lose next to nothing"

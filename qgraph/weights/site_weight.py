@@ -124,7 +124,7 @@ def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
     if spec.dtype in FLOAT8:
         return Quantized(*quantize_in_slices(w, axis, spec), axis)
     data = given
-    fixed = activation_scale(site.x) if data is not None and data.observer != "dynamic" else None
+    fixed = activation_scale(site.x) if data is not None and not data.dynamic else None
     floor = _bias_floor(site, fixed[0]) if fixed is not None else None
     q, scale, zero = quantize_in_slices(w, axis, spec, floor)
     repaired = 0
@@ -158,10 +158,10 @@ def _largest_pairs(site: Site, scale: np.ndarray, zero: np.ndarray) -> int | np.
 
 def _adds_pairs(site: Site, axis: int | None, spec: QuantSpec) -> bool:
     """Whether x86 kernels add this site's products in pairs, and 8-bit weights fill the pair."""
-    if spec.width < 8 or axis is None or not spec.symmetric or site.kind == "conv_transpose":
+    if spec.width < 8 or axis is None or not spec.symmetric:
         return False
     depthwise = site.kind == "conv" and dims(site.weight)[1] == 1
-    return site.kind in ("matmul", "gemm", "conv") and not depthwise
+    return (site.is_product or site.kind == "conv") and not depthwise
 
 
 def unsaturated(
