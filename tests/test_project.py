@@ -237,7 +237,7 @@ RUNNABLE = (
     "docs/four-bits.md",
     "docs/quantization-aware-training.md",
 )
-DOCUMENTS = (*RUNNABLE, "CONTRIBUTING.md", "docs/how-a-model-flows.md")
+DOCUMENTS = (*RUNNABLE, "README.zh.md", "CONTRIBUTING.md", "docs/how-a-model-flows.md")
 
 
 def _blocks(document: str, language: str) -> list[str]:
@@ -254,6 +254,21 @@ def test_documented_make_targets_exist(document: str) -> None:
     assert named <= targets
     if document == "README.md":
         assert {"demo", "test"} <= named
+
+
+def test_the_chinese_readme_is_in_step() -> None:
+    """The same code, headings of the same levels, and the same numbers, names and links."""
+    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh.md"))
+    for pattern in (
+        r"^```\w+\n.*?^```",
+        r"^#+ ",
+        r"\d+(?:\.\d+)?",
+        r"`[^`\n]+`",
+        r"\]\((?!README)([^)]+)",
+    ):
+        flags = re.MULTILINE | re.DOTALL
+        found = (sorted(re.findall(pattern, text, flags)) for text in (english, chinese))
+        assert next(found) == next(found), pattern
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
