@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import insert, redirect, remove_dead, shared_constant
 from qgraph.graph.functions import undeclare_unused
-from qgraph.graph.reading import array, attribute, dims, is_op, node_name, nodes
+from qgraph.graph.reading import MICROSOFT, array, attribute, dims, is_op, node_name, nodes
 from qgraph.numerics.codebooks import LEVELS
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -103,7 +103,7 @@ def _replace(model: ir.Model, node: ir.Node, call: ir.Node) -> None:
     }  # fmt: skip
     made = insert(
         model, node, "MatMulBnb4", inputs,
-        base=f"{y.name}_MatMulBnb4", attributes=attributes, domain="com.microsoft",
+        base=f"{y.name}_MatMulBnb4", attributes=attributes, domain=MICROSOFT,
     )  # fmt: skip
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         made.outputs[0].type, made.outputs[0].shape = y.type, y.shape

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph.backends.lowering.match import MICROSOFT
 from qgraph.graph.editing import insert, redirect
-from qgraph.graph.reading import constant, is_op, nodes
+from qgraph.graph.reading import MICROSOFT, constant, is_op, nodes
 from qgraph.graph.sites import only_user
 
 

@@ -11,6 +11,7 @@ from qgraph.backends.lowering.functions import inline_functions
 from qgraph.backends.lowering.products import lower_products
 from qgraph.graph.editing import add_constant
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, QUANTIZE_PER_TOKEN, declare, grid_values
+from qgraph.graph.reading import MICROSOFT
 from qgraph.numerics.tokens import SYMMETRIC_GRID
 
 
@@ -98,9 +99,9 @@ def _in_blocks(b: _Builder, case: Case) -> ir.Value:
     count = -(-k // size)
     packed = b.rng.integers(0, 256, (n, count, size * bits // 8)).astype(np.uint8)
     scales = b.constant(np.full((n, count), 1e-3, np.float32))
-    b.model.opset_imports["com.microsoft"] = 1
+    b.model.opset_imports[MICROSOFT] = 1
     return b.op(
-        "MatMulNBits", b.x, b.constant(packed), scales, domain="com.microsoft",
+        "MatMulNBits", b.x, b.constant(packed), scales, domain=MICROSOFT,
         K=k, N=n, bits=bits, block_size=size, accuracy_level=4,
     ).outputs[0]  # fmt: skip
 
@@ -138,7 +139,7 @@ def _norm(lowering: str, k: int, m: int, apart: bool) -> tuple[ir.Model, dict[st
         total = b.op("Sum", b.x, b.x).outputs[0]
         y = b.op("SimplifiedLayerNormalization", total, gamma, axis=-1).outputs[0]
     else:
-        b.model.opset_imports["com.microsoft"] = 1
+        b.model.opset_imports[MICROSOFT] = 1
         op_type = "SkipSimplifiedLayerNormalization"
-        y = b.op(op_type, b.x, b.x, gamma, domain="com.microsoft").outputs[0]
+        y = b.op(op_type, b.x, b.x, gamma, domain=MICROSOFT).outputs[0]
     return b.finish(y), {"x": b.rng.normal(size=(m, k)).astype(np.float32)}

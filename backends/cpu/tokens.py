@@ -7,10 +7,9 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.backends.lowering.match import MICROSOFT
 from qgraph.graph.editing import insert, redirect, shared_constant
 from qgraph.graph.functions import QUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import array, dims, is_op, nodes, opset
+from qgraph.graph.reading import MICROSOFT, array, dims, is_op, nodes, opset
 from qgraph.graph.sites import only_user
 from qgraph.numerics.reference import SMALLEST_SCALE
 

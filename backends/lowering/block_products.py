@@ -8,16 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.backends.lowering.match import (
-    INT8_COMPUTE,
-    MICROSOFT,
-    blocks_of,
-    fewest_bits,
-    gemm_bias,
-)
+from qgraph.backends.lowering.match import INT8_COMPUTE, blocks_of, fewest_bits, gemm_bias
 from qgraph.graph.editing import insert, redirect, shared_constant
 from qgraph.graph.functions import ROUND_IN_BLOCKS, is_call
-from qgraph.graph.reading import array, attribute, is_op, nodes
+from qgraph.graph.reading import MICROSOFT, array, attribute, is_op, nodes
 from qgraph.numerics.packing import pack
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.backends.lowering.match import MICROSOFT, blocks_of, fewest_bits
+from qgraph.backends.lowering.match import blocks_of, fewest_bits
 from qgraph.backends.lowering.tables import turn_of
 from qgraph.graph.editing import add_constant, insert, redirect, shared_constant
-from qgraph.graph.reading import array, attribute, constant, is_op, nodes
+from qgraph.graph.reading import MICROSOFT, array, attribute, constant, is_op, nodes
 from qgraph.numerics.packing import pack
 
 

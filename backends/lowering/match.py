@@ -40,9 +40,6 @@ def blocks_of(dq: ir.Node) -> Blocks | None:
     return None if scales is None else Blocks(scales, zeros, axis, size)
 
 
-MICROSOFT = "com.microsoft"
-
-
 def dynamic_data(node: ir.Node) -> ir.Node | None:
     """The node that dequantizes the data of a product, if its scales are found at run time."""
     data = node.inputs[0].producer() if node.inputs[0] is not None else None

@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.backends.lowering.match import MICROSOFT, dynamic_data, gemm_bias, symmetric_scale
+from qgraph.backends.lowering.match import dynamic_data, gemm_bias, symmetric_scale
 from qgraph.graph.editing import add_constant, insert, redirect
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import array, attribute, constant, dims, is_op, nodes
+from qgraph.graph.reading import MICROSOFT, array, attribute, constant, dims, is_op, nodes
 
 Dialect = Literal["onnxruntime", "standard"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qgraph.graph.reading import constant, is_op
+from qgraph.graph.reading import MICROSOFT, constant, is_op
 from qgraph.graph.sites import Site, site_of
 
 _ACTIVATIONS = (
@@ -52,7 +52,7 @@ def _is_product(node: ir.Node) -> bool:
 
 
 def _activates(node: ir.Node) -> bool:
-    return is_op(node, *_ACTIVATIONS) or is_op(node, *_FUSED_ACTIVATIONS, domain="com.microsoft")
+    return is_op(node, *_ACTIVATIONS) or is_op(node, *_FUSED_ACTIVATIONS, domain=MICROSOFT)
 
 
 def _passes_on(node: ir.Node) -> bool:

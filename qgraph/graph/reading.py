@@ -17,6 +17,8 @@ def initializers(model: ir.Model) -> Iterator[ir.Value]:
 
 
 MAIN_DOMAINS = ("", "ai.onnx")
+MICROSOFT = "com.microsoft"
+"""The domain of onnxruntime's own operators."""
 
 
 def graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.reading import dims, is_op
+from qgraph.graph.reading import MICROSOFT, dims, is_op
 
 TOKENS = "input_ids"
 _PAST = re.compile(r"past.*(key|value|\d)", re.IGNORECASE)
@@ -72,7 +72,7 @@ def _head_size(value: ir.Value) -> int | None:
     onnxruntime-genai's model builder leaves that dimension of the cache open.
     """
     for node in value.consumers():
-        if is_op(node, "GroupQueryAttention", domain="com.microsoft"):
+        if is_op(node, "GroupQueryAttention", domain=MICROSOFT):
             width = dims(node.outputs[0])[-1:]
             if width and width[0]:
                 return width[0] // node.attributes["num_heads"].as_int()

@@ -9,7 +9,16 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import ModelError
-from qgraph.graph.reading import MAIN_DOMAINS, array, attribute, dims, is_op, node_name, nodes
+from qgraph.graph.reading import (
+    MAIN_DOMAINS,
+    MICROSOFT,
+    array,
+    attribute,
+    dims,
+    is_op,
+    node_name,
+    nodes,
+)
 from qgraph.io.random_feed import first_feed
 from qgraph.io.session import open_session, run
 from qgraph.numerics.noise import relative_error
@@ -30,7 +39,7 @@ itself. So an exact pass may move outputs by this much, or by twice as much as q
 def _is_qdq(node: ir.Node | None, *op_types: str) -> bool:
     """QuantizeLinear or DequantizeLinear, of ONNX or onnxruntime (more types in old opsets)."""
     op_types = op_types or ("QuantizeLinear", "DequantizeLinear")
-    return is_op(node, *op_types) or is_op(node, *op_types, domain="com.microsoft")
+    return is_op(node, *op_types) or is_op(node, *op_types, domain=MICROSOFT)
 
 
 def _scales_are_positive(model: ir.Model, node: ir.Node) -> str | None:

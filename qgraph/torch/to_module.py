@@ -18,7 +18,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from qgraph.errors import ModelError
 from qgraph.graph.names import numbered
 from qgraph.graph.provenance import layer
-from qgraph.graph.reading import constant, is_op, node_name, unmap
+from qgraph.graph.reading import MICROSOFT, constant, is_op, node_name, unmap
 
 try:
     import torch
@@ -51,8 +51,8 @@ SETTINGS: dict[tuple[str, str], tuple[int, ...]] = {
     ("", "Resize"): (1, 2),
     ("", "RotaryEmbedding"): (1, 2),
     ("", "Upsample"): (1,),
-    ("com.microsoft", "GroupQueryAttention"): (7, 8),
-    ("com.microsoft", "RotaryEmbedding"): (2, 3),
+    (MICROSOFT, "GroupQueryAttention"): (7, 8),
+    (MICROSOFT, "RotaryEmbedding"): (2, 3),
     ("qgraph", "DequantizePerToken"): (1, 2, 3),
     ("qgraph", "QuantizePerToken"): (1, 2, 3),
     ("qgraph", "RoundInBlocks"): (2, 3),

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qgraph.graph.flow.channels import Channels, Part, Size, met, reshaped, trimmed
 from qgraph.graph.ops import FLOATS
-from qgraph.graph.reading import MAIN_DOMAINS, array, attribute, constant, dims
+from qgraph.graph.reading import MAIN_DOMAINS, MICROSOFT, array, attribute, constant, dims
 
 Parts = Iterator[tuple[Part, ...]]
 """The ways to divide an output, best first: each a set of inputs to divide."""
@@ -249,7 +249,6 @@ def _attention(node: ir.Node, value: ir.Value, channels: Channels) -> Parts:
             yield (replace(part, channels=part.channels.reshape(values[1], 1, -1)),)
 
 
-_MICROSOFT = "com.microsoft"
 _STEPS: dict[tuple[str, str], Step] = {
     **{("", op): _same for op in ("Identity", "Neg", "Dropout", "Relu", "LeakyRelu", "PRelu")},
     ("", "Cast"): _cast,
@@ -260,9 +259,9 @@ _STEPS: dict[tuple[str, str], Step] = {
     ("", "LayerNormalization"): _norm(1, 2),
     ("", "RMSNormalization"): _norm(1),
     ("", "SimplifiedLayerNormalization"): _norm(1),
-    (_MICROSOFT, "SimplifiedLayerNormalization"): _norm(1),
-    (_MICROSOFT, "SkipLayerNormalization"): _norm(2, 3),
-    (_MICROSOFT, "SkipSimplifiedLayerNormalization"): _norm(2),
+    (MICROSOFT, "SimplifiedLayerNormalization"): _norm(1),
+    (MICROSOFT, "SkipLayerNormalization"): _norm(2, 3),
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): _norm(2),
     ("", "MatMul"): _matmul,
     ("", "Gemm"): _gemm,
     **{("", op): _reshape for op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze")},
@@ -272,7 +271,7 @@ _STEPS: dict[tuple[str, str], Step] = {
     ("", "Slice"): _pick,
     ("", "Split"): _split,
     ("", "Attention"): _attention,
-    (_MICROSOFT, "Attention"): _attention_of_microsoft,
-    (_MICROSOFT, "MultiHeadAttention"): _multi_head_attention,
-    (_MICROSOFT, "GroupQueryAttention"): _group_query_attention,
+    (MICROSOFT, "Attention"): _attention_of_microsoft,
+    (MICROSOFT, "MultiHeadAttention"): _multi_head_attention,
+    (MICROSOFT, "GroupQueryAttention"): _group_query_attention,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qgraph.graph.reading import MICROSOFT
 from qgraph.torch.ops import (
     activations,
     arithmetic,
@@ -37,8 +38,8 @@ OPERATORS: Mapping[tuple[str, str], Callable[..., Any]] = {
         ("", reductions.OPERATORS),
         ("", shapes.OPERATORS),
         ("", signal.OPERATORS),
-        ("com.microsoft", contrib.MICROSOFT),
-        ("com.microsoft", quantized.MICROSOFT),
+        (MICROSOFT, contrib.MICROSOFT),
+        (MICROSOFT, quantized.MICROSOFT),
     )
     for name, function in table.items()
 }
