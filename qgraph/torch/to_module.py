@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import keyword
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from qgraph.errors import ModelError
 from qgraph.graph.names import numbered
-from qgraph.graph.provenance import layer
-from qgraph.graph.reading import MICROSOFT, constant, is_op, node_name, unmap
+from qgraph.graph.reading import constant, is_op, node_name
 
 try:
     import torch
@@ -27,9 +24,11 @@ except ImportError:
 
 from torch import fx, nn
 
+from qgraph.torch.coverage import operator_key, signature, uncovered
 from qgraph.torch.ops import OPERATORS
 from qgraph.torch.ops.control import branch, loop, scan
 from qgraph.torch.ops.types import torch_dtype
+from qgraph.torch.parameters import Parameters
 
 NODE = "qgraph.node"
 """Where an fx node remembers the name of the ONNX node it stands for, in `meta`."""
@@ -38,29 +37,6 @@ VALUE = "qgraph.value"
 WEIGHTS = "qgraph.weights"
 """In `meta` of the module: for each parameter and buffer the name of the constant it came from, and
 whether it is held transposed."""
-
-SETTINGS: dict[tuple[str, str], tuple[int, ...]] = {
-    ("", "BatchNormalization"): (3, 4),
-    ("", "Clip"): (1, 2),
-    ("", "DequantizeLinear"): (1, 2),
-    ("", "Dropout"): (1,),
-    ("", "OneHot"): (2,),
-    ("", "Pad"): (2,),
-    ("", "QuantizeLinear"): (1, 2),
-    ("", "Range"): (0, 1, 2),
-    ("", "Resize"): (1, 2),
-    ("", "RotaryEmbedding"): (1, 2),
-    ("", "Upsample"): (1,),
-    (MICROSOFT, "GroupQueryAttention"): (7, 8),
-    (MICROSOFT, "RotaryEmbedding"): (2, 3),
-    ("qgraph", "DequantizePerToken"): (1, 2, 3),
-    ("qgraph", "QuantizePerToken"): (1, 2, 3),
-    ("qgraph", "RoundInBlocks"): (2, 3),
-}
-"""Inputs that say how an operator works: floats there are no weights, training leaves them."""
-
-_SPECIAL = ("Constant", "Identity", "If", "Loop", "Scan")
-_NOT_TENSORS = (ir.SequenceType, ir.OptionalType)
 
 
 def raise_model(model: ir.Model) -> fx.GraphModule:
@@ -92,72 +68,9 @@ def raise_model(model: ir.Model) -> fx.GraphModule:
         raise ModelError(
             f"torch cannot run {', '.join(missing)}: take these operators out of the model"
         )
-    raised = _Raise(flat, flat.graph, None).module()
+    raised = _Translation(flat, flat.graph, None).module()
     assert isinstance(raised, fx.GraphModule)
     return raised
-
-
-def uncovered(model: ir.Model) -> list[str]:
-    """What of the model has no counterpart in torch, sorted; functions of the model excluded."""
-    found = set()
-    for graph in model.graphs():
-        for value in (*graph.inputs, *graph.initializers.values()):
-            if problem := _unknown_type(value):
-                found.add(f"{problem} ('{value.name}')")
-        for node in graph:
-            if _key(node) == ("", "Scan") and model.opset_imports.get("", 1) < 9:
-                found.add("Scan of opset 8")
-            elif problem := _unknown(node):
-                name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-                found.add(name + problem if problem != "." else name)
-    return sorted(found)
-
-
-def _unknown_type(value: ir.Value) -> str:
-    if isinstance(value.type, _NOT_TENSORS):
-        return "sequences and optional values"
-    if value.dtype is None:
-        return ""
-    try:
-        torch_dtype(value.dtype)
-    except TypeError:
-        return f"{value.dtype.name.lower()} tensors"
-    return ""
-
-
-def _unknown(node: ir.Node) -> str:
-    """What torch lacks for `node`: "" if nothing, "." if all of it, else a part of it."""
-    key = _key(node)
-    if key[0] == "" and key[1] in _SPECIAL:
-        wrong = next((p for v in node.outputs if (p := _unknown_type(v))), "")
-        return f" of {wrong}" if wrong else ""
-    if key not in OPERATORS:
-        return "."
-    known = _parameters(OPERATORS[key])
-    for name, attribute in node.attributes.items():
-        if name not in known:
-            return f" with attribute {name}"
-        if name in ("to", "dtype", "output_dtype") and attribute.type == ir.AttributeType.INT:
-            kind = ir.DataType(attribute.as_int())
-            try:
-                torch_dtype(kind)
-            except TypeError:
-                return f" to {kind.name.lower()}"
-    if "outputs" not in known and any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
-        return f" with {len(node.outputs)} outputs"
-    return ""
-
-
-def _key(node: ir.Node) -> tuple[str, str]:
-    return "" if node.domain == "ai.onnx" else node.domain, node.op_type
-
-
-@cache
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    try:
-        return dict(inspect.signature(function).parameters)
-    except ValueError:  # functions of torch itself: tensors only
-        return {}
 
 
 def _inlined(model: ir.Model) -> ir.Model:
@@ -200,19 +113,14 @@ def _replace(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     value.const_value = tensor
 
 
-# ------------------------------------------------------------------------------------- building
-
-
-class _Raise:
+class _Translation:
     """One graph, or one body of a control-flow operator, on its way to a module."""
 
-    def __init__(self, model: ir.Model, source: ir.Graph, outer: _Raise | None) -> None:
+    def __init__(self, model: ir.Model, source: ir.Graph, outer: _Translation | None) -> None:
         self.model, self.source, self.outer = model, source, outer
-        self.graph, self.root = fx.Graph(), nn.Module()
-        self.made: dict[ir.Value, fx.Node] = {}
+        self.graph, self.parameters = fx.Graph(), Parameters()
+        self.nodes: dict[ir.Value, fx.Node] = {}
         self.captured: list[ir.Value] = []
-        self.weights: dict[str, tuple[str, bool]] = {}
-        self.taken: set[str] = set()
         self.arguments: set[str] = set()
 
     def module(self) -> fx.GraphModule:
@@ -224,24 +132,24 @@ class _Raise:
         alone = self.outer is None and len(results) == 1
         self.graph.output(results[0] if alone else results)
         name = "Raised" if self.outer is None else "Body"
-        raised = fx.GraphModule(self.root, self.graph, name)
-        raised.meta[WEIGHTS] = self.weights
+        raised = fx.GraphModule(self.parameters.root, self.graph, name)
+        raised.meta[WEIGHTS] = self.parameters.origins
         return raised
 
     def value(self, value: ir.Value) -> fx.Node:
-        """The fx node that holds `value`: made here, a constant, or captured from outside."""
-        if value in self.made:
-            return self.made[value]
+        """The fx node that holds `value`: computed here, a constant, or captured from outside."""
+        if value not in self.nodes:
+            self.nodes[value] = self._constant_or_captured(value)
+        return self.nodes[value]
+
+    def _constant_or_captured(self, value: ir.Value) -> fx.Node:
         tensor = constant(value)
         own = self.outer is None or _home(value) is self.source
         if tensor is not None and own:
-            found = self._weight(value, tensor)
-        else:
-            assert self.outer is not None, f"'{value.name}' comes from nowhere"
-            self.captured.append(value)
-            found = self._placeholder(value)
-        self.made[value] = found
-        return found
+            return self._weight(value, tensor)
+        assert self.outer is not None, f"'{value.name}' comes from nowhere"
+        self.captured.append(value)
+        return self._placeholder(value)
 
     def _inputs(self) -> None:
         initialised = []
@@ -249,12 +157,12 @@ class _Raise:
             if value.is_initializer():
                 initialised.append(value)
             else:
-                self.made[value] = self._placeholder(value)
+                self.nodes[value] = self._placeholder(value)
         for value in initialised:
             given = self.graph.placeholder(self._name(value), default_value=None)
             assert value.const_value is not None
             default = self._weight(value, value.const_value)
-            self.made[value] = self.graph.call_function(given_or, (given, default))
+            self.nodes[value] = self.graph.call_function(given_or, (given, default))
 
     def _placeholder(self, value: ir.Value) -> fx.Node:
         """An argument of `forward`, behind those there are."""
@@ -274,42 +182,23 @@ class _Raise:
             name = f"_{name}"
         return numbered(name, self.arguments)
 
-    # ------------------------------------------------------------------------------- weights
-
     def _weight(self, value: ir.Value, tensor: ir.TensorProtocol) -> fx.Node:
-        data = to_torch(tensor)
-        unmap(tensor)
-        trains = _trainable(value, data)
-        path = self._path(value, trains)
-        turned = trains and _of_linear(value)
-        data = data.t().contiguous() if turned else data
-        hold(self.root, path, nn.Parameter(data) if trains else data)
-        self.weights[path] = str(value.name), turned
+        path = self.parameters.add(value, tensor)
         node = self.graph.get_attr(path)
+        _, turned = self.parameters.origins[path]
         if turned:
             node = self.graph.call_function(torch.t, (node,))
         node.meta[VALUE] = value.name
         return node
 
-    def _path(self, value: ir.Value, trains: bool) -> str:
-        """Where the weight goes in the module: dots lead into submodules."""
-        name = str(value.name or "constant")
-        if trains and "." not in name:
-            user = next((node for node, _ in _uses(value) if layer(node)), None)
-            if user is not None:
-                name = f"{layer(user)}.{_role(user, value)}"
-        parts = [re.sub(r"\W", "_", part) or "_" for part in name.strip(".").split(".")]
-        parts = [f"{part}_" if hasattr(nn.Module, part) else part for part in parts]
-        return numbered(".".join(parts), self.taken)
-
     # --------------------------------------------------------------------------------- nodes
 
     def _node(self, node: ir.Node) -> None:
         if is_op(node, "Constant"):
-            return  # made where it is used
+            return  # translated where it is used
         if is_op(node, "Identity"):
             assert node.inputs[0] is not None
-            self.made[node.outputs[0]] = self.value(node.inputs[0])
+            self.nodes[node.outputs[0]] = self.value(node.inputs[0])
             return
         if is_op(node, "If", "Loop", "Scan"):
             call, several = self._control(node), True
@@ -320,22 +209,22 @@ class _Raise:
         # functions, it finds none by the name that it would look for.
         call.meta["is_wrapped"] = str(getattr(call.target, "__module__", "")).startswith("qgraph")
         if not several:
-            self._made(node.outputs[0], call)
+            self._hold(node.outputs[0], call)
             return
         for index, output in enumerate(node.outputs):
             if output.uses() or output.is_graph_output():
                 item = self.graph.create_node(
                     "call_function", operator.getitem, (call, index), name=output.name
                 )
-                self._made(output, item)
+                self._hold(output, item)
 
-    def _made(self, value: ir.Value, node: fx.Node) -> None:
+    def _hold(self, value: ir.Value, node: fx.Node) -> None:
         node.meta[VALUE] = value.name
-        self.made[value] = node
+        self.nodes[value] = node
 
     def _call(self, node: ir.Node) -> tuple[fx.Node, bool]:
-        function = OPERATORS[_key(node)]
-        known = _parameters(function)
+        function = OPERATORS[operator_key(node)]
+        known = signature(function)
         steering = ["Ints" in str(parameter.annotation) for parameter in known.values()]
         arguments: list[Any] = []
         for index, value in enumerate(node.inputs):
@@ -351,10 +240,7 @@ class _Raise:
             settings["opset"] = self.model.opset_imports.get(node.domain, 1)
         if "types" in known:
             settings["types"] = [0 if v is None else int(v.dtype or 0) for v in node.inputs]
-        call = self.graph.create_node(
-            "call_function", function, tuple(arguments), settings, name=node_name(node)
-        )
-        return call, several
+        return self._called(node, function, tuple(arguments), settings), several
 
     def _argument(self, value: ir.Value | None, steers: bool) -> Any:
         if value is None:
@@ -366,9 +252,7 @@ class _Raise:
 
     def _attribute(self, attribute: ir.Attr) -> Any:
         if attribute.type == ir.AttributeType.TENSOR:
-            path = numbered(re.sub(r"\W", "_", attribute.name), self.taken)
-            hold(self.root, path, to_torch(attribute.as_tensor()))
-            return self.graph.get_attr(path)
+            return self.graph.get_attr(self.parameters.add_attribute(attribute))
         if isinstance(attribute.value, Sequence) and not isinstance(attribute.value, str):
             return list(attribute.value)
         return attribute.value
@@ -409,16 +293,15 @@ class _Raise:
 
     def _body(self, node: ir.Node, name: str) -> tuple[fx.Node, list[fx.Node]]:
         """A body as a submodule, and what it captures, as nodes here."""
-        inner = _Raise(self.model, node.attributes[name].as_graph(), self)
+        inner = _Translation(self.model, node.attributes[name].as_graph(), self)
         module = inner.module()
-        path = numbered(name, self.taken)
-        self.root.add_module(path, module)
+        path = self.parameters.add_body(name, module)
         return self.graph.get_attr(path), [self.value(value) for value in inner.captured]
 
 
 def _numbers(node: ir.Node, name: str, count: int) -> list[int]:
-    found = node.attributes.get(name)
-    return [0] * count if found is None else list(found.as_ints())
+    numbers = node.attributes.get(name)
+    return [0] * count if numbers is None else list(numbers.as_ints())
 
 
 def _kind(value: ir.Value) -> tuple[torch.dtype, list[int]] | None:
@@ -436,62 +319,3 @@ def _home(value: ir.Value) -> ir.Graph | ir.Function | None:
 def given_or(given: torch.Tensor | None, default: torch.Tensor) -> torch.Tensor:
     """An input that has an initializer."""
     return default if given is None else given
-
-
-# -------------------------------------------------------------------------------------- weights
-
-
-def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
-    """A copy in torch; integers of less than a byte as int8 or uint8."""
-    data, dtype = tensor.numpy(), torch_dtype(tensor.dtype)
-    if tensor.dtype.bitwidth < 8:
-        return torch.from_numpy(data.astype(np.int8 if dtype == torch.int8 else np.uint8))
-    data = np.array(data, order="C")
-    # numpy knows neither bfloat16 nor float8
-    if tensor.dtype.is_floating_point() and data.dtype.type.__module__ != "numpy":
-        width = np.uint16 if data.dtype.itemsize == 2 else np.uint8
-        return torch.from_numpy(data.view(width)).view(dtype)
-    return torch.from_numpy(data)
-
-
-def hold(root: nn.Module, path: str, data: torch.Tensor) -> None:
-    """Put a parameter or a buffer at a dotted path, making the modules that lead there."""
-    *modules, name = path.split(".")
-    for step in modules:
-        if not hasattr(root, step):
-            root.add_module(step, nn.Module())
-        root = getattr(root, step)
-    if isinstance(data, nn.Parameter):
-        root.register_parameter(name, data)
-    else:
-        root.register_buffer(name, data)
-
-
-def _trainable(value: ir.Value, data: torch.Tensor) -> bool:
-    if not data.is_floating_point() or data.ndim == 0 or data.element_size() == 1:
-        return False
-    if data.numel() == 1 and not value.is_initializer():
-        return False  # a number written as a Constant node
-    return any(index not in SETTINGS.get(_key(node), ()) for node, index in _uses(value))
-
-
-def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    for use in value.uses():
-        yield use.node, use.idx
-
-
-def _of_linear(value: ir.Value) -> bool:
-    """Whether this is the weight of a `torch.nn.Linear`, which the exporter has transposed."""
-    uses = list(_uses(value))
-    return len(uses) == 1 and uses[0][1] == 1 and _is_linear(uses[0][0])
-
-
-def _is_linear(node: ir.Node) -> bool:
-    origin = node.metadata_props.get("pkg.torch.onnx.fx_node", "")
-    return is_op(node, "MatMul") and "torch.ops.aten.linear" in origin
-
-
-def _role(node: ir.Node, value: ir.Value) -> str:
-    """What torch calls a weight that `node` uses."""
-    index = next(index for user, index in _uses(value) if user is node)
-    return "bias" if index == 2 or node.op_type == "Add" else "weight"

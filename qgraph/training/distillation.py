@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from qgraph.graph.reading import constant, is_op
+from qgraph.graph.reading import constant, is_op, node_name
 
 
 def distances(given: Any, wanted: Any, temperature: float) -> Tensor:
@@ -31,6 +32,16 @@ def distance(y: Tensor, wanted: Tensor, temperature: float) -> Tensor:
 def _floats(outputs: Any) -> list[Tensor]:
     found = outputs if isinstance(outputs, tuple | list) else [outputs]
     return [y for y in found if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def compared_nodes(model: ir.Model, sites: Iterable[str]) -> set[str]:
+    """The nodes whose outputs are compared, for these sites.
+
+    What a residual branch adds counts no more than it shows in the sum: by itself it may be small,
+    and its errors large, and not matter.
+    """
+    nodes = {node_name(node): node for node in model.graph}
+    return {node_name(with_residual(nodes[name])) for name in sites}
 
 
 def with_residual(node: ir.Node) -> ir.Node:

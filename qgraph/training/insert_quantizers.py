@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import getitem
+from operator import attrgetter, getitem
 
 import onnx_ir as ir
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from qgraph.graph.annotation import IN, SPEC, annotated, static_spec
 from qgraph.graph.ops import MOVES, lowest_value
@@ -153,3 +154,27 @@ def values(model: ir.Model) -> Iterator[ir.Value]:
     yield from model.graph.inputs
     for node in model.graph:
         yield from node.outputs
+
+
+def quantized_weights(
+    raised: fx.GraphModule,
+) -> Iterator[tuple[str, WeightQuantizer, Tensor, Tensor | None]]:
+    """Each site's name and quantizer, its weight and its bias."""
+    for node in raised.graph.nodes:
+        if node.op != "call_module":
+            continue
+        quantizer = raised.get_submodule(node.target)
+        if isinstance(quantizer, WeightQuantizer):
+            held = [_held(raised, argument) for argument in node.args]
+            yield node.meta[NODE], quantizer, held[0], held[1] if len(held) > 1 else None
+
+
+def _held(module: nn.Module, node: fx.Node) -> Tensor:
+    """What a node stands for that reads a weight, transposed or not."""
+    if node.op == "get_attr":
+        weight = attrgetter(str(node.target))(module)
+        assert isinstance(weight, Tensor)
+        return weight
+    assert node.target is torch.t
+    assert isinstance(node.args[0], fx.Node)
+    return _held(module, node.args[0]).t()

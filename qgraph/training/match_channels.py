@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from operator import attrgetter
 from typing import Any
 
@@ -32,20 +33,25 @@ def regression(y: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return gain, aim - gain * mean
 
 
-class Floats(fx.Interpreter):
-    """Runs a model and keeps what these nodes put out, in `found`."""
+class Recorder(fx.Interpreter):
+    """Runs a model and keeps what these nodes put out, in `outputs`."""
 
     def __init__(self, module: fx.GraphModule, nodes: set[str]) -> None:
         super().__init__(module)
         self.nodes = nodes
-        self.found: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         name = n.meta.get(NODE)
         if n.op == "call_function" and name in self.nodes:
-            self.found[name] = result
+            self.outputs[name] = result
         return result
+
+
+def in_order(module: fx.GraphModule, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+    """The arguments of `forward` as `fx.Interpreter` takes them."""
+    return list(inspect.signature(module.forward).bind(*inputs, **named).arguments.values())
 
 
 class MatchChannels(fx.Interpreter):

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from operator import attrgetter
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from qgraph.errors import ModelError, QGraphError
-from qgraph.graph.annotation import IN, SCALE, STAGES_KEY, annotated, stages
-from qgraph.graph.reading import array, node_name
-from qgraph.graph.sites import site_of
+from qgraph.errors import QGraphError
+from qgraph.graph.annotation import IN, STAGES_KEY, annotated, stages
 from qgraph.io.feeds import open_calibration
 from qgraph.pipeline.pass_manager import Pass
 from qgraph.pipeline.progress import Progress, silent
 from qgraph.pipeline.remarks import Remarks
-from qgraph.torch.to_module import NODE, VALUE, WEIGHTS, raise_model, write_back
-from qgraph.training.distillation import distance, distances, with_residual
+from qgraph.torch.to_module import raise_model, write_back
+from qgraph.training.distillation import compared_nodes, distance, distances
+from qgraph.training.fake_quantized import FakeQuantizedModule
 from qgraph.training.first_rounding import adarounded
-from qgraph.training.insert_quantizers import InsertQuantizers, values
-from qgraph.training.match_channels import Floats, MatchChannels, layers
-from qgraph.training.quantizers import DataQuantizer, Mode, Phase, WeightQuantizer
-from qgraph.weights.site_weight import replace_weight
+from qgraph.training.insert_quantizers import InsertQuantizers, quantized_weights
+from qgraph.training.match_channels import MatchChannels, Recorder, in_order, layers
+from qgraph.training.quantizers import Mode, Phase
+from qgraph.training.results import annotate, copy_weights
 
 
-class QuantizedModule(nn.Module):
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What a module came from; copies of the module share it, for it never changes.
+
+    Attributes:
+        source: the float model as it was given.
+        model: the annotated model that is trained.
+        remarks: what preparation did to each site.
+        rest: the passes that follow training.
+    """
+
+    source: ir.Model
+    model: ir.Model
+    remarks: Remarks
+    rest: tuple[Pass, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return self
+
+
+class QuantizedModule(FakeQuantizedModule):
     """A model in training whose weights and activations are rounded as they will be once compiled.
 
     Train it with any optimizer, as any module. The first `observe` batches in training mode pass
@@ -40,40 +56,12 @@ class QuantizedModule(nn.Module):
     `forward` takes the inputs of the model, by position or by name, and returns what it returns.
     """
 
-    observed: Tensor
-    frozen: Tensor
-
-    def __init__(
-        self,
-        source: ir.Model,
-        model: ir.Model,
-        remarks: Remarks,
-        rest: tuple[Pass, ...],
-        *,
-        learn_scales: bool,
-        observe: int,
-    ) -> None:
-        super().__init__()
-        self._kept = _Kept(source, model, remarks, rest)
-        self.observe, self._phase = observe, Phase()
-        self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
-        work = InsertQuantizers(model, self._phase, learn_scales, max(observe, 1))
-        self.model = work.module()
-        self._names: dict[str, tuple[str, bool]] = dict(self.model.meta[WEIGHTS])
-        self._teacher: list[nn.Module] = []
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        self._next_phase()
-        return self.model(*inputs, **named)
-
-    def _next_phase(self) -> None:
-        if not self.frozen and self.training and 0 < self.observe <= int(self.observed):
-            self.freeze()
-        observes = self.training and not self.frozen
-        if observes:
-            self.observed += 1
-        self._phase.mode = Mode.QUANTIZE if self.frozen else Mode.OBSERVE if observes else Mode.PASS
+    def __init__(self, origin: Origin, *, learn_scales: bool, observe: int) -> None:
+        phase = Phase()
+        inserted = InsertQuantizers(origin.model, phase, learn_scales, max(observe, 1))
+        super().__init__(inserted.module(), phase, observe)
+        self.origin = origin
+        self._teacher: list[fx.GraphModule] = []
 
     @torch.no_grad()
     def calibrate(self, batches: Any, samples: int | None = None) -> None:
@@ -90,9 +78,7 @@ class QuantizedModule(nn.Module):
             raise QGraphError("scales are chosen already: calibrate before training")
         device = next(iter(self.parameters())).device
         for feed in open_calibration(batches, self.source, samples):
-            self._phase.mode = Mode.OBSERVE
-            self.observed += 1
-            self.model(**{name: torch.as_tensor(a).to(device) for name, a in feed.items()})
+            self.observe_batch({name: torch.as_tensor(a).to(device) for name, a in feed.items()})
         self.freeze()
 
     def learn_rounding(
@@ -123,14 +109,14 @@ class QuantizedModule(nn.Module):
         """
         if not self.frozen:
             raise QGraphError("scales are not chosen yet: calibrate before learn_rounding")
-        model = _copied(self._kept.model)
+        model = _copied(self.origin.model)
         write_back(self.model, model)
         feeds = list(open_calibration(batches, self.source, samples))
-        found = adarounded(model, feeds, steps, progress)
-        for name, module, weight, _ in self._weights():
-            if name in found:
-                module.take(found[name], weight)
-        return list(found)
+        learned = adarounded(model, feeds, steps, progress)
+        for name, quantizer, weight, _ in quantized_weights(self.model):
+            if name in learned:
+                quantizer.take(learned[name], weight)
+        return list(learned)
 
     @torch.no_grad()
     def match_channels(self, *inputs: Any, **named: Any) -> list[str]:
@@ -152,53 +138,21 @@ class QuantizedModule(nn.Module):
         """
         if not self.frozen:
             raise QGraphError("scales are not chosen yet: calibrate before match_channels")
-        names = list(layers(self.model))
-        floats = Floats(self.teacher, set(names))  # type: ignore[arg-type]
-        floats.run(*self._ordered(inputs, named))
+        names, ordered = list(layers(self.model)), in_order(self.model, inputs, named)
+        teacher = Recorder(self.teacher, set(names))
+        teacher.run(*ordered)
         self._phase.mode = Mode.QUANTIZE
-        MatchChannels(self.model, floats.found).run(*self._ordered(inputs, named))
+        MatchChannels(self.model, teacher.outputs).run(*ordered)
         return names
-
-    def _ordered(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
-        """The inputs as `fx.Interpreter` takes them."""
-        return list(inspect.signature(self.model.forward).bind(*inputs, **named).arguments.values())
-
-    @torch.no_grad()
-    def freeze(self) -> None:
-        """Choose scales by what was observed, and round from now on.
-
-        Raises:
-            QGraphError: nothing was observed.
-        """
-        if not self.observed:
-            raise QGraphError(
-                "nothing was observed yet: run some batches in training mode, or calibrate"
-            )
-        for module in self.model.modules():
-            if isinstance(module, DataQuantizer):
-                module.freeze()
-        for _, module, weight, _ in self._weights():
-            module.freeze(weight)
-        self.frozen.fill_(True)
-
-    def _weights(self) -> Iterator[tuple[str, WeightQuantizer, Tensor, Tensor | None]]:
-        """Each site's name and quantizer, its weight and its bias."""
-        for node in self.model.graph.nodes:
-            if node.op != "call_module":
-                continue
-            module = self.model.get_submodule(node.target)
-            if isinstance(module, WeightQuantizer):
-                held = [_held(self.model, argument) for argument in node.args]
-                yield node.meta[NODE], module, held[0], held[1] if len(held) > 1 else None
 
     # ------------------------------------------------------------------------- distillation
 
     @property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> fx.GraphModule:
         """The float model as it was given, with weights that stay; made when it is first used."""
         if not self._teacher:
             device = next(iter(self.parameters())).device
-            teacher = raise_model(self._kept.model).to(device).eval()
+            teacher = raise_model(self.origin.model).to(device).eval()
             self._teacher.append(teacher.requires_grad_(False))
         return self._teacher[0]
 
@@ -217,24 +171,19 @@ class QuantizedModule(nn.Module):
         """
         if not features:
             with torch.no_grad():
-                wanted = self.teacher(*inputs, **named)
-            return distances(self(*inputs, **named), wanted, temperature)
-        names = self._features()
-        teacher, student = (Floats(m, names) for m in (self.teacher, self.model))  # type: ignore[arg-type]
-        ordered = self._ordered(inputs, named)
+                target = self.teacher(*inputs, **named)
+            return distances(self(*inputs, **named), target, temperature)
+        sites = [name for name, *_ in quantized_weights(self.model)]
+        names = compared_nodes(self.origin.model, sites)
+        teacher, student = Recorder(self.teacher, names), Recorder(self.model, names)
+        ordered = in_order(self.model, inputs, named)
         with torch.no_grad():
-            wanted = teacher.run(*ordered)
+            target = teacher.run(*ordered)
         self._next_phase()
-        loss = distances(student.run(*ordered), wanted, temperature)
+        loss = distances(student.run(*ordered), target, temperature)
         # In the order of the graph: that of a set of names differs from process to process.
-        inside = [distance(y, teacher.found[name], 0.0) for name, y in student.found.items()]
+        inside = [distance(y, teacher.outputs[name], 0.0) for name, y in student.outputs.items()]
         return loss + features * torch.stack(inside).mean()
-
-    def _features(self) -> set[str]:
-        """The nodes whose outputs are compared. What a residual branch adds counts no more than it
-        shows in the sum: by itself it may be small, and its errors large, and not matter."""
-        nodes = {node_name(node): node for node in self._kept.model.graph}
-        return {node_name(with_residual(nodes[name])) for name, *_ in self._weights()}
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         for teacher in self._teacher:
@@ -246,17 +195,17 @@ class QuantizedModule(nn.Module):
     @property
     def source(self) -> ir.Model:
         """The float model as it was given."""
-        return self._kept.source
+        return self.origin.source
 
     @property
     def remarks(self) -> Remarks:
         """What preparation did to each site."""
-        return Remarks(self._kept.remarks)
+        return Remarks(self.origin.remarks)
 
     @property
     def rest(self) -> tuple[Pass, ...]:
         """The passes that follow training."""
-        return self._kept.rest
+        return self.origin.rest
 
     @torch.no_grad()
     def annotated(self) -> ir.Model:
@@ -267,20 +216,8 @@ class QuantizedModule(nn.Module):
         """
         if not self.frozen:
             self.freeze()
-        model = _copied(self._kept.model)
-        write_back(self.model, model)
-        nodes = {node_name(node): node for node in model.graph}
-        for name, module, weight, bias in self._weights():
-            site = site_of(nodes[name])
-            assert site is not None
-            replace_weight(model, site, module.integers(weight, bias), "trained")
-        named = {str(value.name): value for value in values(model)}
-        for node in self.model.graph.nodes:
-            if node.op == "call_module":
-                quantizer = self.model.get_submodule(node.target)
-                if isinstance(quantizer, DataQuantizer):
-                    scale, zero = (a.cpu().numpy() for a in (quantizer.scale, quantizer.zero))
-                    named[node.meta[VALUE]].meta[SCALE] = (scale, zero)
+        model = _copied(self.origin.model)
+        annotate(model, self.model)
         return model
 
     @torch.no_grad()
@@ -297,46 +234,7 @@ class QuantizedModule(nn.Module):
             ModelError: some trained weight has no counterpart: it was merged with a batch
                 normalization or a constant factor, or `module` is another one. Nothing is written.
         """
-        parameters = dict(module.named_parameters())
-        found: dict[str, Tensor] = {}
-        for path, (name, turned) in self._names.items():
-            trained, before = attrgetter(path)(self.model), _constant(self._kept.model, name)
-            if before is None or not isinstance(trained, nn.Parameter):
-                continue
-            target = next(_counterparts(before.T if turned else before, parameters, found), None)
-            if target is None:
-                raise ModelError(
-                    f"no parameter holds what '{path}' held before training: it was merged with a "
-                    "batch normalization or factor; nothing was written"
-                )
-            key, transposed = target
-            found[key] = trained.T if transposed else trained
-        for key, value in found.items():
-            parameters[key].copy_(value)
-        return list(found)
-
-
-class _Kept:
-    """What a module came from; copies of the module share it, for it never changes."""
-
-    def __init__(
-        self, source: ir.Model, model: ir.Model, remarks: Remarks, rest: tuple[Pass, ...]
-    ) -> None:
-        self.source, self.model, self.remarks, self.rest = source, model, remarks, rest
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
-        return self
-
-
-def _held(module: nn.Module, node: fx.Node) -> Tensor:
-    """What a node stands for that reads a weight, transposed or not."""
-    if node.op == "get_attr":
-        found = attrgetter(str(node.target))(module)
-        assert isinstance(found, Tensor)
-        return found
-    assert node.target is torch.t
-    assert isinstance(node.args[0], fx.Node)
-    return _held(module, node.args[0]).t()
+        return copy_weights(self.model, self.origin.model, module)
 
 
 def _copied(model: ir.Model) -> ir.Model:
@@ -348,23 +246,3 @@ def _copied(model: ir.Model) -> ir.Model:
     for node, specs in annotated(copy):
         node.meta[IN] = dict(specs)
     return copy
-
-
-def _constant(model: ir.Model, name: str) -> np.ndarray | None:
-    """The initializer, or result of a Constant node, of this name."""
-    value = model.graph.initializers.get(name)
-    return array(value or next((v for v in values(model) if v.name == name), None))
-
-
-def _counterparts(
-    before: np.ndarray, parameters: dict[str, nn.Parameter], taken: dict[str, Tensor]
-) -> Iterator[tuple[str, bool]]:
-    """Names of the parameters that hold the same numbers, and whether transposed."""
-    for name, parameter in parameters.items():
-        if name in taken or parameter.numel() != before.size:
-            continue
-        data = parameter.detach().cpu().numpy()
-        if np.array_equal(data, before):
-            yield name, False
-        elif data.ndim == 2 and np.array_equal(data.T, before):
-            yield name, True

@@ -12,7 +12,7 @@ from qgraph.numerics.spec import FLOAT8, QuantSpec
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import PassManager
 from qgraph.recipes.recipe import Recipe
-from qgraph.training.module import QuantizedModule
+from qgraph.training.module import Origin, QuantizedModule
 
 PASS = "prepare-qat"
 """Under this name preparation leaves remarks."""
@@ -41,10 +41,8 @@ def prepare(
     _leave_out(model, context)
     if not any(True for _ in annotated(model)):
         raise ModelError("nothing in this model can be quantized: see the remarks of 'dynamic'")
-    return QuantizedModule(
-        source, model, context.remarks, recipe.passes[split:],
-        learn_scales=learn_scales, observe=observe,
-    )  # fmt: skip
+    origin = Origin(source, model, context.remarks, recipe.passes[split:])
+    return QuantizedModule(origin, learn_scales=learn_scales, observe=observe)
 
 
 def _leave_out(model: ir.Model, context: Context) -> None:

@@ -23,7 +23,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 from qgraph.errors import ModelError
 from qgraph.io.models import load
 from qgraph.torch.ops.types import NARROW
-from qgraph.torch.to_module import raise_model, to_torch
+from qgraph.torch.parameters import to_torch
+from qgraph.torch.to_module import raise_model
 from tests.end_to_end.test_conformance import (
     CHUNKS,
     Case,

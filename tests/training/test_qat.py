@@ -27,6 +27,8 @@ from qgraph.passes.annotate import Rule
 from qgraph.recipes.qat import qat
 from qgraph.recipes.recipe import Recipe
 from qgraph.torch.to_module import VALUE
+from qgraph.training.distillation import compared_nodes
+from qgraph.training.insert_quantizers import quantized_weights
 from qgraph.training.match_channels import regression
 from qgraph.training.module import QuantizedModule
 from qgraph.training.prepare import prepare
@@ -415,7 +417,8 @@ def test_distillation_of_what_layers_put_out() -> None:
 
 def test_what_residual_branches_add_is_compared_in_the_sum() -> None:
     module = prepare(transformer_block(), qat(bits=4), observe=1)
-    assert module._features() == {"q", "k", "v", "mid", "gate", "up", "y"}
+    sites = [name for name, *_ in quantized_weights(module.model)]
+    assert compared_nodes(module.origin.model, sites) == {"q", "k", "v", "mid", "gate", "up", "y"}
 
 
 # --- channels corrected before training -----------------------------------------------------------
@@ -477,7 +480,7 @@ def test_learned_rounding_is_a_start_nearer_to_float(make: Callable[[], ir.Model
     x = torch.from_numpy(feed(model, 9)["x"])
     before = module.eval().distillation_loss(x).item()
     names = module.learn_rounding(feeds, steps=60)
-    assert names == [name for name, *_ in module._weights()]
+    assert names == [name for name, *_ in quantized_weights(module.model)]
     assert module.distillation_loss(x).item() < 0.9 * before
     check_exact(module, feed(model, 7), most=0.005)
     module.train().distillation_loss(x).backward()  # type: ignore[no-untyped-call]
