@@ -119,6 +119,18 @@ def dropout(
     return torch.where(kept, x / (1 - share), 0), kept
 
 
+def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.gelu(x if bias is None else x + bias, approximate="tanh")
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias)
+
+
+def quick_gelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
+    return x * torch.sigmoid(alpha * x)
+
+
 OPERATORS: Operators = {
     "Celu": celu,
     "Dropout": dropout,
@@ -142,4 +154,10 @@ OPERATORS: Operators = {
     "Swish": swish,
     "Tanh": torch.tanh,
     "ThresholdedRelu": thresholded_relu,
+}
+MICROSOFT: Operators = {
+    "BiasGelu": bias_gelu,
+    "FastGelu": fast_gelu,
+    "Gelu": gelu,
+    "QuickGelu": quick_gelu,
 }

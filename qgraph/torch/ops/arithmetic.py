@@ -197,6 +197,26 @@ def arange(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     return start + torch.arange(count, device=start.device).to(start.dtype) * delta
 
 
+def fused_matmul(
+    a: Tensor,
+    b: Tensor,
+    *,
+    alpha: float = 1.0,
+    transA: int = 0,  # noqa: N803
+    transB: int = 0,  # noqa: N803
+    transBatchA: int = 0,  # noqa: N803
+    transBatchB: int = 0,  # noqa: N803
+) -> Tensor:
+    left, right = _turned(a, transA, transBatchA), _turned(b, transB, transBatchB)
+    return alpha * torch.matmul(left, right)
+
+
+def _turned(x: Tensor, matrix: int, batch: int) -> Tensor:
+    if batch:  # the first axis becomes the one before the last
+        x = x.movedim(0, -2)
+    return x.transpose(-1, -2) if matrix and x.ndim > 1 else x
+
+
 OPERATORS: Operators = {
     "Abs": absolute,
     "Acos": torch.acos,
@@ -258,4 +278,7 @@ OPERATORS: Operators = {
     "Tan": torch.tan,
     "Where": torch.where,
     "Xor": torch.logical_xor,
+}
+MICROSOFT: Operators = {
+    "FusedMatMul": fused_matmul,
 }

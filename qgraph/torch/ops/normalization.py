@@ -1,4 +1,4 @@
-"""Normalization layers, and the losses that ONNX has."""
+"""Normalization layers, alone and with what comes before them, and the losses that ONNX has."""
 
 from __future__ import annotations
 
@@ -154,6 +154,82 @@ def softmax_cross_entropy_loss(
     return _loss(log_probability, labels, weights, reduction, ignore_index), log_probability
 
 
+def simplified_layer_normalization(
+    x: Tensor,
+    scale: Tensor,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    stash_type: int = 1,
+    outputs: int,
+) -> tuple[Tensor, Tensor]:
+    """The result and the inverse root mean square."""
+    dims = list(range(axis % x.ndim, x.ndim))
+    data = x.to(torch.float32) if x.element_size() < 4 else x
+    inverse = torch.rsqrt(torch.mean(data * data, dims, True) + epsilon)
+    return (data * inverse).to(x.dtype) * scale, inverse
+
+
+def skip_simplified_layer_normalization(
+    x: Tensor,
+    skip: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None = None,
+    *,
+    epsilon: float = 1e-5,
+    outputs: int,
+) -> tuple[Tensor | None, ...]:
+    """The result, two statistics that nobody computes on CPU, and the sum that was normalized."""
+    total = x + skip if bias is None else x + skip + bias
+    y, inverse = simplified_layer_normalization(total, gamma, epsilon=epsilon, outputs=2)
+    return y, None, inverse, total
+
+
+def skip_layer_normalization(
+    x: Tensor,
+    skip: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    epsilon: float = 1e-5,
+    outputs: int,
+) -> tuple[Tensor, ...]:
+    """The result, the mean, the inverse standard deviation, and the sum that was normalized."""
+    total = x + skip if bias is None else x + skip + bias
+    y = F.layer_norm(total, gamma.shape, gamma, beta, epsilon)
+    if outputs == 1:
+        return (y,)
+    var, mean = torch.var_mean(total, -1, correction=0, keepdim=True)
+    return y, mean, torch.rsqrt(var + epsilon), total
+
+
+def embed_layer_normalization(
+    input_ids: Tensor,
+    segment_ids: Tensor | None,
+    word_embedding: Tensor,
+    position_embedding: Tensor,
+    segment_embedding: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    epsilon: float = 1e-12,
+    mask_index_type: int = 1,
+    outputs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The embeddings normalized, how much of each sequence the mask keeps, and their sum."""
+    length = input_ids.shape[1]
+    places = torch.arange(length, device=input_ids.device) if position_ids is None else position_ids
+    total = F.embedding(input_ids, word_embedding) + F.embedding(places, position_embedding)
+    if segment_ids is not None and segment_embedding is not None:
+        total = total + F.embedding(segment_ids, segment_embedding)
+    kept = input_ids.new_zeros(input_ids.shape[0]) if mask is None else mask.sum(1)
+    y = F.layer_norm(total, total.shape[-1:], gamma, beta, epsilon)
+    return y, kept.to(torch.int32), total
+
+
 OPERATORS: Operators = {
     "BatchNormalization": batch_normalization,
     "GroupNormalization": group_normalization,
@@ -164,5 +240,13 @@ OPERATORS: Operators = {
     "MeanVarianceNormalization": mean_variance_normalization,
     "NegativeLogLikelihoodLoss": negative_log_likelihood_loss,
     "RMSNormalization": rms_normalization,
+    # onnxruntime has it under the name of the standard, which does not know it
+    "SimplifiedLayerNormalization": simplified_layer_normalization,
     "SoftmaxCrossEntropyLoss": softmax_cross_entropy_loss,
+}
+MICROSOFT: Operators = {
+    "EmbedLayerNormalization": embed_layer_normalization,
+    "SimplifiedLayerNormalization": simplified_layer_normalization,
+    "SkipLayerNormalization": skip_layer_normalization,
+    "SkipSimplifiedLayerNormalization": skip_simplified_layer_normalization,
 }
