@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.errors import QGraphError
+from qgraph.errors import check_counts
 from qgraph.graph.annotation import Stage
 from qgraph.graph.cuts import narrow_points
 from qgraph.numerics.blocks import lowest
@@ -64,10 +64,7 @@ class AutoRound(Pass):
     batch: int = 2
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise QGraphError(
-                f"steps={self.steps}, batch={self.batch} is out of range: use 1 or more"
-            )
+        check_counts(steps=self.steps, batch=self.batch)
 
     def run(self, model: ir.Model, context: Context) -> bool:
         sites = learnable(model, self.name, context, scales=True)

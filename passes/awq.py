@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qgraph.calibration.capture import Rows, captured, first_feeds
 from qgraph.calibration.resume import kept_for
-from qgraph.errors import QGraphError
+from qgraph.errors import check_counts
 from qgraph.graph.annotation import IN, INTEGERS, Stage, product_groups
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
@@ -71,8 +71,7 @@ class AWQ(Pass):
     steps: int = 10
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise QGraphError(f"steps={self.steps} is out of range: use 1 or more")
+        check_counts(steps=self.steps)
 
     def run(self, model: ir.Model, context: Context) -> bool:
         routes: dict[ir.Value, Absorption] = {}

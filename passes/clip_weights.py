@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph.calibration.capture import Rows, captured, first_feeds
 from qgraph.calibration.resume import kept_for
-from qgraph.errors import QGraphError
+from qgraph.errors import check_counts
 from qgraph.graph.annotation import IN, Stage, product_groups
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.sites import Site
@@ -63,8 +63,7 @@ class ClipWeights(Pass):
     sweeps: int = SWEEPS
 
     def __post_init__(self) -> None:
-        if self.sweeps < 1:
-            raise QGraphError(f"sweeps={self.sweeps} is out of range: use 1 or more")
+        check_counts(sweeps=self.sweeps)
 
     def run(self, model: ir.Model, context: Context) -> bool:
         groups = {

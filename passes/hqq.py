@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph.calibration.resume import kept_for
-from qgraph.errors import QGraphError
+from qgraph.errors import QGraphError, check_counts
 from qgraph.graph.annotation import Stage, product_groups
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.sites import Site
@@ -63,8 +63,7 @@ class HQQ(Pass):
     def __post_init__(self) -> None:
         if not 0 < self.p <= 2:
             raise QGraphError(f"p={self.p} is out of range: use more than 0, and at most 2")
-        if self.iterations < 1:
-            raise QGraphError(f"iterations={self.iterations} is out of range: use 1 or more")
+        check_counts(iterations=self.iterations)
 
     def run(self, model: ir.Model, context: Context) -> bool:
         groups = product_groups(model, "weight").values()

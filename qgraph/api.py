@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qgraph.backends import get_target
 from qgraph.compiled import CompiledModel
-from qgraph.errors import ModelError, QGraphError
+from qgraph.errors import ModelError, QGraphError, check_counts
 from qgraph.graph.annotation import STAGES_KEY, stages
 from qgraph.graph.reading import initializers
 from qgraph.io.feeds import open_calibration
@@ -150,8 +150,7 @@ def prepare_qat(
         QGraphError: what was given cannot be used; one line that says what to do.
     """
     chosen = _chosen(recipe, parameters)
-    if observe < 1:
-        raise QGraphError(f"observe={observe} is out of range: use 1 or more")
+    check_counts(observe=observe)
     if dynamic_shapes is None and _is_module(model) and example_inputs is not None:
         source = _any_batch(model, example_inputs)
     else:

@@ -26,3 +26,14 @@ class PipelineError(QGraphError):
 
 class VerificationError(QGraphError):
     """A pass broke its contract; the message names the pass, the node and the size of the error."""
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse parameters of which there has to be one at least.
+
+    Raises:
+        QGraphError: a count is below 1; the message names all that were given.
+    """
+    if min(counts.values()) < 1:
+        given = ", ".join(f"{name}={count}" for name, count in counts.items())
+        raise QGraphError(f"{given} is out of range: use 1 or more")
