@@ -20,7 +20,7 @@ from qgraph.graph.sites import Site, site_of
 from qgraph.numerics.quantized import Arrays, Quantized, from_arrays, to_arrays
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
-from qgraph.weights.gptq import Float, Rounded, gram_matrices, problem, round_weight
+from qgraph.weights.gptq import Matrix, Rounded, gram_matrices, problem, round_weight
 from qgraph.weights.search import unroundable
 from qgraph.weights.site_weight import quantize_site, replace_weight
 
@@ -142,7 +142,7 @@ class GPTQ(Pass):
         return {x: sites for x, sites in groups.items() if sites}
 
     def _rounded(
-        self, sites: list[Site], nearest: list[Quantized], gram: Float, cross: Float
+        self, sites: list[Site], nearest: list[Quantized], gram: Matrix, cross: Matrix
     ) -> list[Rounded | None]:
         """The weights of products that share their data; None where there was no data."""
         shared = problem(gram, cross, self.damping, self.act_order)

@@ -21,7 +21,8 @@ from qgraph.graph.sites import Site, site_of
 from qgraph.io.checkpoints.checkpoint import Checkpoint
 from qgraph.io.checkpoints.names import aligned, parts_of
 from qgraph.io.checkpoints.packed_layers import Layer, joined
-from qgraph.io.checkpoints.resemblance import SHIFTED, UNLIKE, Float, _near, _tied, _unlike, fitted
+from qgraph.io.checkpoints.resemblance import SHIFTED, UNLIKE, _near, _tied, _unlike, fitted
+from qgraph.numerics.reference import Float
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 from qgraph.pipeline.remarks import Kind

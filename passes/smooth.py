@@ -20,7 +20,7 @@ from qgraph.graph.ops import lowest_value
 from qgraph.graph.reading import array, release
 from qgraph.graph.sites import Site
 from qgraph.numerics.noise import relative_noise
-from qgraph.numerics.reference import along
+from qgraph.numerics.reference import Float, along
 from qgraph.numerics.spec import QuantSpec
 from qgraph.numerics.stats import Stats
 from qgraph.numerics.tokens import rounded_data
@@ -29,7 +29,6 @@ from qgraph.pipeline.pass_manager import Contract, Pass
 from qgraph.pipeline.remarks import Kind
 from qgraph.weights.formats import rounded_weight
 
-Float = NDArray[np.float32]
 GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Alphas that a search tries, besides 0."""
 NEARLY = 10**0.05

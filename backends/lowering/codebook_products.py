@@ -47,7 +47,7 @@ def lower_codebook_products(model: ir.Model) -> bool:
 
 
 @dataclass(frozen=True)
-class _Product:
+class _CodebookProduct:
     """A MatMul or Gemm that the kernel can compute.
 
     Attributes:
@@ -65,7 +65,7 @@ class _Product:
     k: int
 
 
-def _match(node: ir.Node) -> _Product | None:
+def _match(node: ir.Node) -> _CodebookProduct | None:
     if not is_op(node, "MatMul", "Gemm") or attribute(node, "transA", 0):
         return None
     rounded = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -81,10 +81,10 @@ def _match(node: ir.Node) -> _Product | None:
     if codes.shape[-1] != block[-1] or (levels / STEPS != table).any():
         return None
     codes = np.asarray(codes, np.uint8)
-    return _Product(rounded.inputs[0], call, codes, (levels + 128).astype(np.uint8), k)
+    return _CodebookProduct(rounded.inputs[0], call, codes, (levels + 128).astype(np.uint8), k)
 
 
-def _lower(model: ir.Model, node: ir.Node, product: _Product) -> None:
+def _lower(model: ir.Model, node: ir.Node, product: _CodebookProduct) -> None:
     (n, count, size), base = product.codes.shape, product.call.outputs[0].name
 
     def op(

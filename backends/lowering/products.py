@@ -17,7 +17,7 @@ Dialect = Literal["onnxruntime", "standard"]
 
 
 @dataclass(frozen=True)
-class _Product:
+class _DynamicProduct:
     """A MatMul or Gemm of dynamically quantized data and a constant integer weight.
 
     Attributes:
@@ -45,7 +45,7 @@ def lower_products(model: ir.Model, dialect: Dialect) -> bool:
     return changed
 
 
-def _match(node: ir.Node) -> _Product | None:
+def _match(node: ir.Node) -> _DynamicProduct | None:
     if not is_op(node, "MatMul", "Gemm") or len(node.inputs) < 2:
         return None
     data = dynamic_data(node)
@@ -59,7 +59,7 @@ def _match(node: ir.Node) -> _Product | None:
         return None
     if symmetric_scale(weight, 0 if trans_b else 1) is None:
         return None
-    return _Product(node, data, weight)
+    return _DynamicProduct(node, data, weight)
 
 
 def _folds(value: ir.Value | None) -> bool:
@@ -70,7 +70,7 @@ def _folds(value: ir.Value | None) -> bool:
     return constant(value) is not None
 
 
-def _lower_product(model: ir.Model, product: _Product, dialect: Dialect) -> None:
+def _lower_product(model: ir.Model, product: _DynamicProduct, dialect: Dialect) -> None:
     node, per_token = product.node, is_call(product.data, DEQUANTIZE_PER_TOKEN)
     weight, scale = _weight(model, product)
     base = node.outputs[0].name or node.name or "product"
@@ -117,7 +117,7 @@ def _lower_product(model: ir.Model, product: _Product, dialect: Dialect) -> None
     graph.remove(node, safe=True)
 
 
-def _weight(model: ir.Model, product: _Product) -> tuple[ir.Value, ir.Value]:
+def _weight(model: ir.Model, product: _DynamicProduct) -> tuple[ir.Value, ir.Value]:
     """The integer weight as (K, N) and its scale, Gemm's transB and alpha folded in."""
     value, scale = product.weight.inputs[0], product.weight.inputs[1]
     assert value is not None

@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from qgraph.numerics.packing import Codes
+from qgraph.numerics.reference import Float
 from qgraph.numerics.spec import Codebook
-
-Float = NDArray[np.float32]
-Codes = NDArray[np.uint8]
 
 LEVELS: dict[Codebook, Float] = {
     "nf4": np.array(

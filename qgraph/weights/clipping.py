@@ -80,9 +80,9 @@ def clipped_scales(w: Float, metric: Float, spec: QuantSpec, sweeps: int = SWEEP
         for b, start in enumerate(range(0, len(w), size)):
             rows = slice(start, start + size)
             own = metric[rows, rows]
-            block = Block(w[rows], own, metric[rows] @ off - own @ off[rows], spec)
-            best = block.best(*_candidates(scale[b], zero[b], sweep, spec))
-            scale[b], zero[b], off[rows] = block.best(*block.refitted(*best))
+            problem = Subproblem(w[rows], own, metric[rows] @ off - own @ off[rows], spec)
+            best = problem.best(*_candidates(scale[b], zero[b], sweep, spec))
+            scale[b], zero[b], off[rows] = problem.best(*problem.refitted(*best))
     return scale, zero
 
 
@@ -97,8 +97,8 @@ def _candidates(scale: Float, zero: Int, sweep: int, spec: QuantSpec) -> Scales:
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """One block of some columns, while all others stay as they are.
+class Subproblem:
+    """The search for the scale of one block, while all others stay as they are.
 
     Attributes:
         w: float32 (size, N).

@@ -14,7 +14,8 @@ from qgraph.numerics.noise import unit_power
 from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.spec import QuantSpec
 
-Float = NDArray[np.floating[Any]]
+Matrix = NDArray[np.floating[Any]]
+"""float32 or float64."""
 
 ROWS = 2048
 """About so many tokens enter the Gram matrices at a time."""
@@ -72,7 +73,7 @@ class Rounded:
     damping: float
 
 
-def problem(gram: Float, cross: Float, damping: float, act_order: bool) -> Problem | None:
+def problem(gram: Matrix, cross: Matrix, damping: float, act_order: bool) -> Problem | None:
     """Whatever of the work does not depend on the weights; None if there was no data.
 
     Args:
@@ -251,7 +252,7 @@ def _joined(rows: list[np.ndarray]) -> NDArray[np.float32]:
     return np.concatenate(rows, dtype=np.float32)
 
 
-def inverse_root(gram: Float, damping: float) -> tuple[Float, float]:
+def inverse_root(gram: Matrix, damping: float) -> tuple[Matrix, float]:
     """Cholesky factor of the inverse Gram matrix, damped as far as it must be.
 
     Args:
@@ -273,7 +274,7 @@ def inverse_root(gram: Float, damping: float) -> tuple[Float, float]:
             damping = max(10 * damping, 1e-8)
 
 
-def triangular_inverse(lower: Float) -> Float:
+def triangular_inverse(lower: Matrix) -> Matrix:
     """The inverse of a lower triangular matrix, by products of matrices, which are fast."""
     if len(lower) <= STRIP:
         return np.tril(np.linalg.inv(lower))
@@ -285,7 +286,7 @@ def triangular_inverse(lower: Float) -> Float:
     return inverse
 
 
-def correction(gram: Float, cross: Float, damping: float) -> Float:
+def correction(gram: Matrix, cross: Matrix, damping: float) -> Matrix:
     """How weights must move so that x'(W + SW) is nearest to xW, for data x' in place of x.
 
     Args:
@@ -300,7 +301,7 @@ def correction(gram: Float, cross: Float, damping: float) -> Float:
     return root.T @ (root @ cross)
 
 
-def gptq(w: Float, steps: Float, zeros: Float, root: Float, low: int, high: int) -> Float:
+def gptq(w: Matrix, steps: Matrix, zeros: Matrix, root: Matrix, low: int, high: int) -> Matrix:
     """Integers for one row of weights after the other, later rows making up for their errors.
 
     Args:
@@ -324,6 +325,6 @@ def gptq(w: Float, steps: Float, zeros: Float, root: Float, low: int, high: int)
     return q
 
 
-def output_power(errors: Float, gram: Float) -> Float:
+def output_power(errors: Matrix, gram: Matrix) -> Matrix:
     """Power of x · errors for each column: the diagonal of eᵀ(xᵀx)e, (N,)."""
     return np.asarray((errors * (gram @ errors)).sum(axis=0))

@@ -20,7 +20,7 @@ from qgraph.passes.clip_weights import ClipWeights
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Pass, PassManager
-from qgraph.weights.clipping import DAMPING, Block, clipped_scales, gram
+from qgraph.weights.clipping import DAMPING, Subproblem, clipped_scales, gram
 from tests.models import build, if_model, outputs, weight
 from tests.pipelines import COMMIT, ONNX, apply, body, golden, initializer, specs
 
@@ -154,13 +154,13 @@ def test_the_scale_is_refitted_by_least_squares() -> None:
     scale, zero = full_range(w, INT4)
     off = rounding_error(w, scale, zero, INT4)
     metric, here = x.T @ x, slice(0, 16)
-    block = Block(
+    problem = Subproblem(
         w[here],
         metric[here, here].astype(np.float32),
         (metric[here, 16:] @ off[16:]).astype(np.float32),
         INT4,
     )
-    (_, found), _ = block.refitted(scale[0], zero[0], off[here])
+    (_, found), _ = problem.refitted(scale[0], zero[0], off[here])
     for n in range(5):
         values = (off[here, n] + w[here, n]) / scale[0, n]
         rest = x[:, here] @ w[here, n] - x[:, 16:] @ off[16:, n]

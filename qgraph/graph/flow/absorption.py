@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
 
 import networkx as nx
 import numpy as np
@@ -30,8 +29,7 @@ from qgraph.graph.editing import add_constant
 from qgraph.graph.flow.channels import Channels, Part
 from qgraph.graph.flow.steps import ways
 from qgraph.graph.reading import constant, dims, is_op, node_name, unmap
-
-Float = TypeVar("Float", bound=np.floating[Any])
+from qgraph.numerics.reference import Number
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +124,7 @@ def _quotient(tensor: ir.TensorProtocol, divisor: NDArray[np.float32]) -> ir.Ten
     return result
 
 
-def merge(ties: Channels, values: NDArray[Float], how: np.ufunc = np.maximum) -> NDArray[Float]:
+def merge(ties: Channels, values: NDArray[Number], how: np.ufunc = np.maximum) -> NDArray[Number]:
     """`values` with one value for channels that are tied.
 
     Args:

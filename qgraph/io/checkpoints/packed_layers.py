@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from qgraph.numerics.codebooks import SCALES_PER_BLOCK, NestedScales
 from qgraph.numerics.packing import WORD, Array, Codes, unpack
 from qgraph.numerics.quantized import Quantized
+from qgraph.numerics.reference import Float
 from qgraph.numerics.spec import Codebook, PerAxis, PerBlock, QuantSpec
 
-Float = NDArray[np.float32]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbouring columns each nibble of a word holds, from the lowest."""
 

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from qgraph.errors import ModelError
 from qgraph.graph.reading import array
 from qgraph.graph.sites import Site
-
-Float = NDArray[np.float32]
+from qgraph.numerics.reference import Float
 
 UNLIKE = 0.75
 """Relative distance from the graph's weights at which a layer must be another one, or misread.
