@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -17,10 +16,6 @@ from qgraph.graph.sites import Site
 from qgraph.numerics.spec import PerBlock, PerTensor, QuantSpec
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.target import Verdict
-
-if TYPE_CHECKING:
-    import torch
-
 
 GLUE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", *MOVES)
 
@@ -65,8 +60,3 @@ class OnnxTarget:
         changed |= lower_products(model, "standard")
         changed |= shield_float(model)
         return inline_functions(model) or changed
-
-    def differentiable(self, model: ir.Model) -> torch.nn.Module:
-        from qgraph.torch.to_module import raise_model
-
-        return raise_model(model)

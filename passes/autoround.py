@@ -17,7 +17,6 @@ from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.spec import QuantSpec
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
-from qgraph.torch.reconstruction import learnable, reconstruct
 
 if TYPE_CHECKING:
     from qgraph.torch.block import Block
@@ -67,6 +66,8 @@ class AutoRound(Pass):
         check_counts(steps=self.steps, batch=self.batch)
 
     def run(self, model: ir.Model, context: Context) -> bool:
+        from qgraph.torch.reconstruction import learnable, reconstruct
+
         sites = learnable(model, self.name, context, scales=True)
         if sites:
             reconstruct(model, sites, narrow_points(model, sites), context, self)

@@ -180,8 +180,11 @@ def _check_trained(recipe: Recipe) -> None:
 
 def _in_training(model: Any) -> QuantizedModule | None:
     """`model`, if `prepare_qat` gave it."""
-    home = sys.modules.get("qgraph.training.module")
-    return model if home is not None and isinstance(model, home.QuantizedModule) else None
+    if not _is_module(model):
+        return None
+    from qgraph.training.module import QuantizedModule
+
+    return model if isinstance(model, QuantizedModule) else None
 
 
 def _rest(trained: QuantizedModule, recipe: str | Recipe, parameters: dict[str, Any]) -> Recipe:

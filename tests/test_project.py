@@ -147,16 +147,45 @@ def test_no_import_goes_in_a_circle() -> None:
     assert nx.is_directed_acyclic_graph(graph), nx.find_cycle(graph)
 
 
+def _loaded_at_once(node: ast.AST) -> Iterator[str]:
+    """What is imported when the module is: neither for types alone nor inside functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield from _imports(child)
+        elif not isinstance(child, ast.FunctionDef) and not _for_types(child):
+            yield from _loaded_at_once(child)
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def _needs_torch(source: str) -> bool:
+    loaded = _loaded_at_once(ast.parse(source))
+    return any(re.match(r"torch\b|qgraph\.(torch|training)\b", name) for name in loaded)
+
+
 def test_torch_is_imported_in_its_packages_only() -> None:
     """Elsewhere for types, or inside functions, so that all else works without it."""
     for module, path in _sources():
-        if module.startswith(("torch.", "training.")):
-            continue
-        for node in ast.parse(path.read_text()).body:
-            if not isinstance(node, ast.Import | ast.ImportFrom):
-                continue
-            loaded = set(_imports(node))
-            assert not any(re.match(r"torch\b", n) for n in loaded), path
+        if module.split(".")[0] not in ("torch", "training"):
+            assert not _needs_torch(path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    ("source", "needs"),
+    [
+        ("import torch.nn", True),
+        ("try:\n    import torch\nexcept ImportError:\n    pass", True),
+        ("class A:\n    from qgraph.torch.block import Block", True),
+        ("from qgraph import training", True),
+        ("if TYPE_CHECKING:\n    import torch", False),
+        ("class A:\n    def run(self):\n        import torch", False),
+        ("import torchvision, qgraph.torches", False),
+    ],
+)
+def test_the_rule_knows_an_import_of_torch(source: str, needs: bool) -> None:
+    assert _needs_torch(source) is needs
 
 
 def test_no_private_module_of_onnx_ir_is_used() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -29,10 +28,6 @@ from qgraph.graph.sites import Site
 from qgraph.numerics.spec import FLOAT8, PerBlock, PerToken, QuantSpec
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.target import Verdict
-
-if TYPE_CHECKING:
-    import torch
-
 
 GLUE = (
     "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", *MOVES,
@@ -209,11 +204,6 @@ class CpuTarget:
         if self._apart_is_faster("rms-norm", context):
             changed |= part_rms_norms(model)
         return inline_functions(model) or changed
-
-    def differentiable(self, model: ir.Model) -> torch.nn.Module:
-        from qgraph.torch.to_module import raise_model
-
-        return raise_model(model)
 
 
 def _mean(speedups: np.ndarray) -> float:

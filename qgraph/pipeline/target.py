@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import torch
 
     from qgraph.graph.sites import Site
     from qgraph.numerics.spec import QuantSpec
@@ -66,12 +65,4 @@ class Target(Protocol):
 
     def legalize(self, model: ir.Model, context: Context) -> bool:
         """Make of committed quantization what the target runs fastest; True if that changed it."""
-        ...
-
-    def differentiable(self, model: ir.Model) -> torch.nn.Module:
-        """The model as a torch module, for passes that follow gradients.
-
-        Raises:
-            ModelError: torch is missing, or has no counterpart for some operators.
-        """
         ...

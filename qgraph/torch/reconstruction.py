@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -24,12 +24,10 @@ from qgraph.numerics.quantized import Arrays, Quantized, from_arrays, to_arrays
 from qgraph.numerics.spec import QuantSpec
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.remarks import Kind
+from qgraph.torch.block import Block
+from qgraph.torch.to_module import raise_model
 from qgraph.weights.search import fixed_scales, unroundable
 from qgraph.weights.site_weight import quantize_site, replace_weight
-
-if TYPE_CHECKING:
-    from qgraph.torch.block import Block
-
 
 MASK = "attention_mask"
 """The input that tells tokens from padding, if a model has one."""
@@ -57,12 +55,7 @@ def learnable(
 
     Args:
         scales: these are learned, too.
-
-    Raises:
-        QGraphError: torch is missing.
     """
-    import qgraph.torch.block  # noqa: F401  says what to install where torch is missing
-
     found = []
     for node, specs in annotated(model):
         site = site_of(node)
@@ -113,7 +106,7 @@ def reconstruct(
         if inside := [site for site in sites if site.node in piece.nodes]:
             stored = kept.result(step)
             if stored is None:
-                block = _raised(piece, inside, walk, wanted, masks, context)
+                block = _raised(piece, inside, walk, wanted, masks)
                 outcome = _settled(inside, block, context, method)
                 del block
                 kept.keep_result(step, outcome.to_arrays())
@@ -138,15 +131,10 @@ def _raised(
     walk: Walk,
     wanted: Sequence[Feed],
     masks: Sequence[NDArray[Any] | None],
-    context: Context,
 ) -> Block | str:
     """The next piece as a block, or why it cannot be one."""
-    from qgraph.torch.block import Block
-
     try:
-        module = context.target.differentiable(
-            walk.extracted(piece, [site.weight for site in sites])
-        )
+        module = raise_model(walk.extracted(piece, [site.weight for site in sites]))
     except ModelError as error:
         return str(error)
     reads = [str(value.name) for value in piece.inputs]
