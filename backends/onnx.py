@@ -17,7 +17,7 @@ from qgraph.numerics.spec import PerBlock, PerTensor, QuantSpec
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.target import Verdict
 
-GLUE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", *MOVES)
+GLUE = MOVES | {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool"}
 
 
 @dataclass(frozen=True)

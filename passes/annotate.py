@@ -25,7 +25,7 @@ from qgraph.graph.annotation import (
     words,
 )
 from qgraph.graph.islands import Cost, settle, size
-from qgraph.graph.ops import FLOATS
+from qgraph.graph.ops import FLOATS, LINEAR
 from qgraph.graph.reading import array, constant, dims, is_op, node_name, nodes, opset, release
 from qgraph.graph.sites import CONVOLUTIONS, PRODUCTS, Site, SiteKind, nested, site_of, sites
 from qgraph.numerics.spec import (
@@ -114,7 +114,6 @@ _ATTENTION = "both operands are computed: quantizing them costs more than the pr
 _RECURRENT = (
     "recurrent: errors of its weights add up over time steps, and the target has no faster kernel"
 )
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 _NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 SMALL_TABLE = 1 << 16
 """A lookup table of fewer bytes is not worth quantizing."""
@@ -188,7 +187,7 @@ class Annotate(Pass):
             self._annotate(site, wanted, opset(model), inside, context)
         _tell_what_is_slow(context)
         for node in nodes(model):
-            if is_op(node, *_PRODUCTS) and site_of(node) is None:
+            if is_op(node, *LINEAR) and site_of(node) is None:
                 why = "its weight is computed or not floating-point"
                 context.remark("float", self.name, node_name(node), node.op_type, why)
         if self.scheme == "static":
@@ -375,7 +374,7 @@ def _drop_lonely_glue(model: ir.Model) -> None:
     for node in reversed(list(model.graph)):
         if IN not in node.meta or SPEC not in output_value(node).meta:
             continue
-        if is_op(node, "Conv", "ConvTranspose", "MatMul", "Gemm"):
+        if is_op(node, *LINEAR):
             continue
         output = output_value(node)
         if not any(u.idx in u.node.meta.get(IN, {}) for u in output.uses()):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import add_constant, remove_dead
+from qgraph.graph.ops import HOMOGENEOUS, POOLS
 from qgraph.graph.reading import array, is_op, node_name, release
 from qgraph.graph.sites import Site, bias_use, by_input_channel, only_user, site_of
 from qgraph.numerics.reference import along
@@ -25,8 +26,6 @@ _CONVERGED = 1e-3
 _DEAD = 1e-4
 """Channels whose weights are this much smaller than the layer's largest count as zero: balancing
 them would blow up their biases, and with them the range of the activations."""
-_ELEMENTWISE = ("Relu", "LeakyRelu", "PRelu", "Identity")
-_POOLS = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def _pair(site: Site) -> _Pair | str:
         elif array(value) is None:
             return "its bias is computed"
     last = bias[0] if bias is not None else site.node
-    homogeneous = _ELEMENTWISE + (_POOLS if site.kind == "conv" else ())
+    passed = HOMOGENEOUS | {"Identity"} | (POOLS if site.kind == "conv" else set())
     while True:
         value = last.outputs[0]
         user = only_user(value)
@@ -129,7 +128,7 @@ def _pair(site: Site) -> _Pair | str:
         follower = site_of(user)
         if follower is not None and follower.x is value and follower.kind != "activations":
             break
-        if not is_op(user, *homogeneous) or user.inputs[0] is not value or len(user.outputs) > 1:
+        if not is_op(user, *passed) or user.inputs[0] is not value or len(user.outputs) > 1:
             return f"{user.op_type} '{node_name(user)}' does not pass a scale on"
         last = user
     convolutions = site.kind == follower.kind == "conv"

@@ -12,17 +12,14 @@ import onnx_ir as ir
 
 from qgraph.graph.editing import _replace, lift_constant
 from qgraph.graph.names import fresh_name, unique_names
+from qgraph.graph.ops import QUANTIZERS, RANDOM
 from qgraph.graph.reading import attribute, constant, is_op
 from qgraph.graph.types import infer_types
 from qgraph.io.session import open_session, run
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 
-KEPT = (
-    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
-    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
-    *("Bernoulli", "Multinomial", "Dropout"),
-)
+KEPT = QUANTIZERS | RANDOM
 """Quantization that a model brings along is information, random numbers are not constants."""
 
 

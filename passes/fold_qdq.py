@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import redirect, remove_dead
-from qgraph.graph.ops import MOVES
+from qgraph.graph.ops import CLAMPS, MOVES
 from qgraph.graph.reading import array, graphs, is_op, scope
 from qgraph.numerics.reference import quantize
 from qgraph.pipeline.context import Context
@@ -99,7 +99,7 @@ def _move(q: ir.Node) -> bool:
 def _absorb_clamp(q: ir.Node) -> bool:
     """Relu or Clip -> Q: drop the clamp if quantizing its bounds gives the integer limits."""
     clamp = _producer(q)
-    if not is_op(clamp, "Relu", "Clip") or clamp is None or len(list(clamp.outputs[0].uses())) != 1:
+    if not is_op(clamp, *CLAMPS) or clamp is None or len(list(clamp.outputs[0].uses())) != 1:
         return False
     scale, zero = array(q.inputs[1]), array(q.inputs[2]) if len(q.inputs) > 2 else None
     if clamp.outputs[0].is_graph_output() or scale is None or zero is None or scale.ndim:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qgraph.errors import ModelError, QGraphError
 from qgraph.graph.annotation import INTEGERS, Stage
 from qgraph.graph.editing import add_constant, insert, remove_dead
-from qgraph.graph.ops import FLOATS
+from qgraph.graph.ops import FLOATS, NORMS
 from qgraph.graph.provenance import modules
 from qgraph.graph.reading import array, constant, dims, release
 from qgraph.graph.sites import Site, site_of
@@ -39,18 +39,13 @@ ONE_MORE = (
 """Families of models whose norms multiply by one more than their weight."""
 _SCALES = {
     "Mul": (0, 1),
-    "LayerNormalization": (1,),
-    "RMSNormalization": (1,),
-    "SimplifiedLayerNormalization": (1,),
-    "SkipLayerNormalization": (2,),
-    "SkipSimplifiedLayerNormalization": (2,),
+    **{norm: inputs[:1] for norm, inputs in NORMS.items()},
 }
 _SHIFTS = {
     "Add": (0, 1),
     "Gemm": (2,),
     "Conv": (2,),
-    "LayerNormalization": (2,),
-    "SkipLayerNormalization": (3,),
+    **{norm: inputs[1:] for norm, inputs in NORMS.items()},
 }
 """Which inputs of an operator hold what a module calls its weight, and its bias."""
 

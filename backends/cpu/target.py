@@ -29,9 +29,9 @@ from qgraph.numerics.spec import FLOAT8, PerBlock, PerToken, QuantSpec
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.target import Verdict
 
-GLUE = (
-    "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", *MOVES,
-)  # fmt: skip
+GLUE = MOVES | {
+    "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu",
+}  # fmt: skip
 """Operators between quantized ones for which onnxruntime has integer kernels on CPU."""
 
 ROWS = {"prompt": (128,), "decode": (1,), "both": (1, 128)}

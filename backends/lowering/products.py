@@ -63,7 +63,10 @@ def _match(node: ir.Node) -> _DynamicProduct | None:
 
 
 def _folds(value: ir.Value | None) -> bool:
-    """Whether `value` is a constant, or made of constants alone: runtimes fold it on loading."""
+    """Whether `value` is a constant, or made of constants alone: runtimes fold it on loading.
+
+    The operators are those that this package itself writes weights with.
+    """
     node = value.producer() if value is not None else None
     if node is not None and is_op(node, "Cast", "Gather", "Mul", "Round", "Sub", "Transpose"):
         return all(map(_folds, node.inputs))

@@ -8,6 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from qgraph.graph.ops import CLAMPS
 from qgraph.graph.reading import constant, is_op, nodes
 from qgraph.graph.sites import Site, only_user, site_of
 from qgraph.numerics.spec import PerAxis, PerBlock, QuantSpec
@@ -64,7 +65,7 @@ def retract(site: Site) -> None:
 def output_value(node: ir.Node) -> ir.Value:
     """Where the node's result is quantized: behind an activation that integer clamps absorb."""
     value = node.outputs[0]
-    while (user := only_user(value)) is not None and is_op(user, "Relu", "Clip"):
+    while (user := only_user(value)) is not None and is_op(user, *CLAMPS):
         if user.inputs[0] is not value:
             break
         value = user.outputs[0]

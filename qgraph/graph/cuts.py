@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.analysis import analyze_implicit_usage
 
+from qgraph.graph.ops import ACTIVATIONS
 from qgraph.graph.reading import is_op
 from qgraph.graph.sites import Site, bias_use, only_user
 
@@ -15,10 +16,11 @@ LARGEST = 12
 """Sites of a block, where the graph is narrow enough for smaller ones."""
 WIDEST = 4
 """So many values may leave a block, where a graph is never narrower."""
-ACTIVATIONS = (
-    "Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Gelu", "Tanh", "Elu",
-)  # fmt: skip
-"""Functions of one value that may follow a site in its block."""
+_FOLLOWING = ACTIVATIONS - {
+    "Celu", "Erf", "Mish", "PRelu", "Selu", "Softplus", "Softsign", "Swish", "ThresholdedRelu",
+}  # fmt: skip
+"""Functions that may follow a site in its block. Erf is but a part of one, PRelu reads a second
+value; before the others, which are rare, a block ends."""
 
 
 def around_sites(model: ir.Model, sites: Sequence[Site]) -> list[ir.Value]:
@@ -34,7 +36,7 @@ def _end(site: Site) -> ir.Value:
     if added is not None:
         value = added[0].outputs[0]
     user = only_user(value)
-    if user is not None and is_op(user, *ACTIVATIONS) and user.inputs[0] is value:
+    if user is not None and is_op(user, *_FOLLOWING) and user.inputs[0] is value:
         return user.outputs[0]
     return value
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qgraph.graph.annotation import output_value
+from qgraph.graph.ops import CLAMPS
 from qgraph.graph.reading import dims, is_op
 from qgraph.graph.sites import Site
 
@@ -90,7 +91,7 @@ def _from_integers(value: ir.Value, kept: set[ir.Node], glue: Glue, depth: int =
         return False
     if node in kept:
         return True
-    if not (is_op(node, "Relu", "Clip") or glue(node)):
+    if not (is_op(node, *CLAMPS) or glue(node)):
         return False
     data = [v for v in node.inputs if v is not None and not v.is_initializer()]
     return bool(data) and all(_from_integers(v, kept, glue, depth - 1) for v in data)

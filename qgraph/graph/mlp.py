@@ -6,19 +6,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from qgraph.graph.ops import ACTIVATIONS, ARITHMETIC, COPIES, FUSED_ACTIVATIONS
 from qgraph.graph.reading import MICROSOFT, constant, is_op
 from qgraph.graph.sites import Site, site_of
-
-_ACTIVATIONS = (
-    "Celu", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu",
-    "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Swish", "Tanh", "ThresholdedRelu",
-)  # fmt: skip
-_FUSED_ACTIVATIONS = ("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "BiasSplitGelu")
-_ELEMENTWISE = ("Abs", "Add", "Cast", "Div", "Max", "Min", "Mul", "Neg", "Pow", "Sqrt", "Sub")
-_MOVES = (
-    "Dropout", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
-    "Unsqueeze",
-)  # fmt: skip
 
 
 def in_mlp(site: Site) -> bool:
@@ -52,11 +42,11 @@ def _is_product(node: ir.Node) -> bool:
 
 
 def _activates(node: ir.Node) -> bool:
-    return is_op(node, *_ACTIVATIONS) or is_op(node, *_FUSED_ACTIVATIONS, domain=MICROSOFT)
+    return is_op(node, *ACTIVATIONS) or is_op(node, *FUSED_ACTIVATIONS, domain=MICROSOFT)
 
 
 def _passes_on(node: ir.Node) -> bool:
-    return _activates(node) or is_op(node, *_ELEMENTWISE, *_MOVES)
+    return _activates(node) or is_op(node, *ARITHMETIC, *COPIES, "Cast")
 
 
 def _feeding(product: ir.Node) -> set[ir.Node]:
@@ -86,7 +76,7 @@ def _feeding(product: ir.Node) -> set[ir.Node]:
 
 def _data(node: ir.Node) -> Iterator[ir.Value | None]:
     """The inputs that carry values; those of moves beside the first tell where to."""
-    yield from node.inputs[:1] if is_op(node, *_MOVES, "Clip", "Cast") else node.inputs
+    yield from node.inputs[:1] if is_op(node, *COPIES, "Clip", "Cast") else node.inputs
 
 
 def _reached(product: ir.Node) -> set[ir.Node]:

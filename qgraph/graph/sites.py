@@ -10,13 +10,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.graph.ops import FLOATS
+from qgraph.graph.ops import FLOATS, RECURRENT
 from qgraph.graph.reading import attribute, constant, dims, is_op, node_name, nodes
 
 SiteKind = Literal["matmul", "gemm", "conv", "conv_transpose", "gather", "rnn", "activations"]
 PRODUCTS: tuple[SiteKind, ...] = ("matmul", "gemm")
 CONVOLUTIONS: tuple[SiteKind, ...] = ("conv", "conv_transpose")
-_RNN = ("LSTM", "GRU", "RNN")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +107,7 @@ def site_of(node: ir.Node) -> Site | None:
         return Site(
             node, "gather", 1, 0, int(attribute(node, "axis", 0)) % len(dims(node.inputs[0]))
         )
-    if is_op(node, *_RNN) and _float_weight(node, 1) and _float_weight(node, 2):
+    if is_op(node, *RECURRENT) and _float_weight(node, 1) and _float_weight(node, 2):
         return Site(node, "rnn", 0, 1, 1, 3)
     return None
 

@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import ModelError
+from qgraph.graph.ops import RESHAPES
 from qgraph.graph.reading import array, dims, is_op
 from qgraph.io.feeds import Feed
 from qgraph.io.kv_cache import TOKENS, complete_feed, free_axes, past_shapes, required_inputs
 
-_KEEP_VALUES = ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
+_KEEP_INDICES = RESHAPES | {"Cast", "Identity"}
 
 
 def first_feed(
@@ -104,7 +105,7 @@ def _rows_indexed(value: ir.Value) -> int | None:
     """Length of the shortest table that `value` indexes (Gather, OneHot), or None."""
     found: list[int | None] = []
     for node, index in value.uses():
-        if is_op(node, *_KEEP_VALUES) and index == 0:
+        if is_op(node, *_KEEP_INDICES) and index == 0:
             found.append(_rows_indexed(node.outputs[0]))
         elif is_op(node, "Gather") and index == 1 and (shape := dims(node.inputs[0])):
             axis = node.attributes.get("axis")

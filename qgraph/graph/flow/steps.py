@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.flow.channels import Channels, Part, Size, met, reshaped, trimmed
-from qgraph.graph.ops import FLOATS
+from qgraph.graph.ops import FLOATS, HOMOGENEOUS, NORMS, RESHAPES
 from qgraph.graph.reading import MAIN_DOMAINS, MICROSOFT, array, attribute, constant, dims
 
 Parts = Iterator[tuple[Part, ...]]
@@ -250,21 +250,16 @@ def _attention(node: ir.Node, value: ir.Value, channels: Channels) -> Parts:
 
 
 _STEPS: dict[tuple[str, str], Step] = {
-    **{("", op): _same for op in ("Identity", "Neg", "Dropout", "Relu", "LeakyRelu", "PRelu")},
+    **{("", op): _same for op in HOMOGENEOUS | {"Dropout", "Identity", "Neg"}},
     ("", "Cast"): _cast,
     ("", "Mul"): _factors,
     ("", "Div"): _numerator,
     ("", "Add"): _terms,
     ("", "Sub"): _terms,
-    ("", "LayerNormalization"): _norm(1, 2),
-    ("", "RMSNormalization"): _norm(1),
-    ("", "SimplifiedLayerNormalization"): _norm(1),
-    (MICROSOFT, "SimplifiedLayerNormalization"): _norm(1),
-    (MICROSOFT, "SkipLayerNormalization"): _norm(2, 3),
-    (MICROSOFT, "SkipSimplifiedLayerNormalization"): _norm(2),
+    **{(domain, op): _norm(*NORMS[op]) for op in NORMS for domain in ("", MICROSOFT)},
     ("", "MatMul"): _matmul,
     ("", "Gemm"): _gemm,
-    **{("", op): _reshape for op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze")},
+    **{("", op): _reshape for op in RESHAPES},
     ("", "Transpose"): _transpose,
     ("", "Expand"): _expand,
     ("", "Gather"): _pick,
