@@ -13,6 +13,7 @@ from qgraph.numerics.reference import (
     dequantize,
     quantize,
     scale_zero_point,
+    search_clipping,
 )
 from qgraph.numerics.spec import PerBlock, QuantSpec
 
@@ -87,25 +88,22 @@ def quantize_groups(w: Float, size: int, spec: QuantSpec) -> tuple[Int, Float, I
         q (int32, (K, N)), scale (float32) and zero point (int32), (blocks, N) each;
         w ≈ (q - blockwise(zero)) · blockwise(scale).
     """
-    starts = np.arange(0, w.shape[0], size)
-    low = np.minimum.reduceat(w, starts, axis=0)
-    high = np.maximum.reduceat(w, starts, axis=0)
-    qmin = group_qmin(spec)
-    best, q = np.full(low.shape, np.inf), np.zeros(w.shape, np.int32)
-    scale, zero = np.empty(low.shape, np.float32), np.zeros(low.shape, np.int32)
-    for ratio in GROUP_CLIPPING if spec.observer == "mse" else (1.0,):
-        tried = group_scales(low * np.float32(ratio), high * np.float32(ratio), spec)
-        wide_scale, wide_zero = (
-            blockwise(tried[0], size, len(w)), blockwise(tried[1], size, len(w))
-        )  # fmt: skip
-        rounded = quantize(w, wide_scale, wide_zero, qmin, spec.qmax)
-        noise = np.square((rounded - wide_zero) * wide_scale - w, dtype=np.float32)
-        error = np.add.reduceat(noise, starts, axis=0)
-        better = error < best
-        best = np.where(better, error, best)
-        scale, zero = np.where(better, tried[0], scale), np.where(better, tried[1], zero)
-        q = np.where(blockwise(better, size, w.shape[0]), rounded, q)
-    return q, scale.astype(np.float32), zero
+    starts, qmin = np.arange(0, len(w), size), group_qmin(spec)
+    low, high = np.minimum.reduceat(w, starts, axis=0), np.maximum.reduceat(w, starts, axis=0)
+
+    def rounded(scale: Float, zero: Int) -> tuple[Int, Float, Int]:
+        wide = blockwise(scale, size, len(w)), blockwise(zero, size, len(w))
+        return quantize(w, *wide, qmin, spec.qmax), *wide
+
+    def error(scale: Float, zero: Int) -> Float:
+        q, wide_scale, wide_zero = rounded(scale, zero)
+        noise = np.square((q - wide_zero) * wide_scale - w, dtype=np.float32)
+        return np.add.reduceat(noise, starts, axis=0)
+
+    scale, zero = group_scales(low, high, spec)
+    if spec.observer == "mse":
+        scale, zero = search_clipping(low, high, spec, GROUP_CLIPPING, error, group_scales)
+    return rounded(scale, zero)[0], scale, zero
 
 
 def group_qmin(spec: QuantSpec) -> int:

@@ -10,6 +10,7 @@ use :func:`along` to shape a per-axis vector.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,8 @@ SMALLEST_SCALE = np.float32(2.0**-60)
 """A channel of zeros gets this scale: small enough never to matter, and its square, the scale of a
 bias, is still a normal float32."""
 INT32_MAX = 2**31 - 1
+CLIPPING = tuple(np.linspace(1.0, 0.6, 21, dtype=np.float32).tolist())
+"""Shares of a channel's range that are tried: finer steps can be worth a clipped peak."""
 
 
 def along(vector: NDArray[Number], axis: int, rank: int) -> NDArray[Number]:
@@ -112,7 +115,7 @@ def quantize_weight(w: Float, axis: int | None, spec: QuantSpec) -> tuple[Int, F
     low, high = weight_range(w, axis)
     best = scale_zero_point(low, high, spec)
     if spec.observer == "mse" and spec.dtype not in FLOAT8:
-        best = _search_clipping(w, axis, spec, low, high)
+        best = _least_squares(w, axis, spec, low, high)
     scale, zero = best
     if spec.dtype in FLOAT8:
         wide = scale if axis is None else along(scale, axis, w.ndim)
@@ -123,24 +126,50 @@ def quantize_weight(w: Float, axis: int | None, spec: QuantSpec) -> tuple[Int, F
     return quantize(w, wide_scale, wide_zero, spec.qmin, spec.qmax), scale, zero
 
 
-def _search_clipping(
+def _least_squares(
     w: Float, axis: int | None, spec: QuantSpec, low: Float, high: Float
 ) -> tuple[Float, Int]:
     others = None if axis is None else tuple(i for i in range(w.ndim) if i != axis % w.ndim)
-    best_error = np.full(low.shape, np.inf)
-    best_scale, best_zero = scale_zero_point(low, high, spec)
-    for ratio in np.linspace(1.0, 0.6, 21, dtype=np.float32):
-        scale, zero = scale_zero_point(low * ratio, high * ratio, spec)
-        wide = (scale, zero)
+
+    def error(scale: Float, zero: Int) -> NDArray[np.float64]:
+        wide = scale, zero
         if axis is not None:
             wide = along(scale, axis, w.ndim), along(zero, axis, w.ndim)
-        q = quantize(w, wide[0], wide[1], spec.qmin, spec.qmax)
-        error = np.square(dequantize(q, wide[0], wide[1]) - w, dtype=np.float64).sum(axis=others)
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
-        best_scale = np.where(better, scale, best_scale)
-        best_zero = np.where(better, zero, best_zero)
-    return best_scale, best_zero
+        rounded = dequantize(quantize(w, *wide, spec.qmin, spec.qmax), *wide)
+        return np.asarray(np.square(rounded - w, dtype=np.float64).sum(axis=others))
+
+    return search_clipping(low, high, spec, CLIPPING, error)
+
+
+def search_clipping(
+    low: Float,
+    high: Float,
+    spec: QuantSpec,
+    shares: Iterable[float],
+    error: Callable[[Float, Int], NDArray[np.floating[Any]]],
+    cover: Callable[[Float, Float, QuantSpec], tuple[Float, Int]] = scale_zero_point,
+) -> tuple[Float, Int]:
+    """The scales and zero points at which clipping costs least, each of them by itself.
+
+    Args:
+        low, high: the full ranges, any shape.
+        shares: of them that are tried; the first of equals counts.
+        error: of rounding with these scales and zero points, shape of `low`.
+        cover: scale and zero point of a range.
+
+    Returns:
+        scale (float32) and zero point (int32), shape of `low`.
+    """
+    first, *others = (np.float32(share) for share in shares)
+    scale, zero = cover(low * first, high * first, spec)
+    least = error(scale, zero)
+    for share in others:
+        tried = cover(low * share, high * share, spec)
+        cost = error(*tried)
+        better = cost < least
+        least = np.where(better, cost, least)
+        scale, zero = np.where(better, tried[0], scale), np.where(better, tried[1], zero)
+    return scale, zero
 
 
 def quantize_bias(bias: Float, x_scale: Scale, w_scale: Scale) -> tuple[Int, Float]:

@@ -7,29 +7,16 @@ integers are equal bit for bit; rounding passes gradients as if it were not ther
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import Function
 
-from qgraph.numerics.blocks import group_qmin, group_scales
-from qgraph.numerics.reference import (
-    INT32_MAX,
-    SMALLEST_SCALE,
-    Float,
-    Int,
-    dequantize,
-    quantize,
-    scale_zero_point,
-)
-from qgraph.numerics.spec import PerAxis, PerBlock, QuantSpec
+from qgraph.numerics.reference import INT32_MAX, SMALLEST_SCALE
 from qgraph.numerics.tokens import TokenGrid
-
-CLIPPING = np.concatenate([np.linspace(1, 0.6, 21), np.geomspace(0.57, 0.1, 20)], dtype=np.float32)
-"""Shares of a range that are tried as the first one: at 2 bits, the best is a third of it."""
 
 
 class _LearnedStep(Function):
@@ -191,73 +178,22 @@ def scale_for_bias(w_scale: Tensor, x_scale: Tensor, bias: Tensor) -> Tensor:
     return torch.maximum(w_scale, needed.float())
 
 
-# ------------------------------------------------------------------------- groups of a scale
+# ------------------------------------------------------------------------------------ shapes
 
 
-def rows_of(w: NDArray[Any], spec: QuantSpec) -> Float:
-    """The elements that share a scale as one row each, float32; short blocks filled with zeros."""
-    kind, exact = spec.granularity, np.asarray(w, np.float32)
-    if isinstance(kind, PerAxis):
-        return np.moveaxis(exact, kind.axis, 0).reshape(exact.shape[kind.axis], -1)
-    if not isinstance(kind, PerBlock):
-        return exact.reshape(1, -1)
-    columns = np.moveaxis(exact, kind.axis, -1)
-    padded = np.pad(columns, [(0, 0)] * (columns.ndim - 1) + [(0, -columns.shape[-1] % kind.size)])
-    return padded.reshape(-1, kind.size)
-
-
-def shape_of(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
-    """The shape of the scales of a tensor of this shape."""
-    kind = spec.granularity
-    if isinstance(kind, PerAxis):
-        return (shape[kind.axis],)
-    if not isinstance(kind, PerBlock):
-        return ()
-    count = -(-shape[kind.axis] // kind.size)
-    return (*shape[: kind.axis], count, *shape[kind.axis + 1 :])
-
-
-def spread(parameter: Tensor, shape: torch.Size, spec: QuantSpec) -> Tensor:
-    """Scales or zero points so that they broadcast against a tensor of this shape."""
-    kind = spec.granularity
-    if isinstance(kind, PerAxis):
-        return parameter.reshape([-1 if i == kind.axis else 1 for i in range(len(shape))])
-    if not isinstance(kind, PerBlock):
-        return parameter
-    wide = parameter.repeat_interleave(kind.size, kind.axis)
-    return wide.narrow(kind.axis, 0, shape[kind.axis])
-
-
-def lowest(spec: QuantSpec) -> int:
-    """The lowest integer: in blocks, all that the dtype has."""
-    return group_qmin(spec) if isinstance(spec.granularity, PerBlock) else spec.qmin
-
-
-def first_scales(rows: Float, spec: QuantSpec) -> tuple[Float, Int]:
-    """Scale and zero point of each row at the least squared error, over shares of its range.
-
-    Rows of zeros, which say nothing, get the mean of the others.
+def spread(values: Tensor, shape: Sequence[int], axis: int | None, block: int) -> Tensor:
+    """Scales or zero points so that they broadcast against a tensor.
 
     Args:
-        rows: (count, elements).
-
-    Returns:
-        float32 and int32, (count,).
+        values: one; or one for each index of `axis`; or shape of the tensor, but for `axis`, along
+            which each of them belongs to a block of elements.
+        shape: of the tensor.
+        axis, block: see :func:`groups.layout`.
     """
-    low, high = rows.min(axis=1), rows.max(axis=1)
-    in_blocks, qmin = isinstance(spec.granularity, PerBlock), lowest(spec)
-    best = np.full(len(rows), np.inf)
-    scale, zero = np.ones(len(rows), np.float32), np.zeros(len(rows), np.int32)
-    for ratio in CLIPPING:
-        cover = group_scales if in_blocks else scale_zero_point
-        tried = cover(low * ratio, high * ratio, spec)
-        wide = tried[0][:, np.newaxis], tried[1][:, np.newaxis]
-        back = dequantize(quantize(rows, *wide, qmin, spec.qmax), *wide)
-        error = np.square(back - rows, dtype=np.float64).sum(axis=1)
-        better = error < best
-        best, scale = np.where(better, error, best), np.where(better, tried[0], scale)
-        zero = np.where(better, tried[1], zero)
-    silent = (low == 0) & (high == 0)
-    if silent.any():
-        scale[silent] = 1.0 if silent.all() else np.abs(scale[~silent]).mean()
-    return scale.astype(np.float32), zero.astype(np.int32)
+    if axis is None:
+        return values
+    if block:
+        return values.repeat_interleave(block, axis).narrow(axis, 0, shape[axis])
+    sizes = [1] * len(shape)
+    sizes[axis] = -1
+    return values.reshape(sizes)

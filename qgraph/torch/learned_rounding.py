@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qgraph.numerics.quantized import Quantized
 from qgraph.torch.block import Block
+from qgraph.torch.fake_quant import spread, straight_through
 
 STRETCH = (-0.1, 1.1)
 """The sigmoid is stretched to this range before it is cut off at 0 and 1 (gamma and zeta)."""
@@ -144,16 +145,19 @@ class Offset(nn.Module):
         return scale, rounded(self.low - below / scale).clamp(self.low, self.high)
 
     def forward(self) -> Tensor:
-        scale, zero = (spread(a, self.nearest) for a in self.grid())
+        scale, zero = (self._spread(a) for a in self.grid())
         return (self._integers(scale, zero) - zero) * scale
 
     def _integers(self, scale: Tensor, zero: Tensor) -> Tensor:
         return (rounded(self.w / scale + self.v) + zero).clamp(self.low, self.high)
 
+    def _spread(self, values: Tensor) -> Tensor:
+        return spread(values, self.w.shape, self.nearest.axis, self.nearest.block)
+
     @torch.no_grad()
     def integers(self) -> Quantized:
         scale, zero = self.grid()
-        q = self._integers(spread(scale, self.nearest), spread(zero, self.nearest)).numpy()
+        q = self._integers(self._spread(scale), self._spread(zero)).numpy()
         return replace(
             self.nearest,
             q=q.astype(self.nearest.q.dtype),
@@ -172,17 +176,7 @@ class Offset(nn.Module):
 
 def rounded(x: Tensor) -> Tensor:
     """x rounded to nearest, half to even; gradients pass as if it were not."""
-    return x + (x.round() - x).detach()
-
-
-def spread(values: Tensor, like: Quantized) -> Tensor:
-    """Scales or zero points so that they broadcast against the integers."""
-    if like.axis is None:
-        return values
-    if not like.block:
-        return values.reshape([-1 if i == like.axis else 1 for i in range(like.q.ndim)])
-    wide = values.repeat_interleave(like.block, like.axis)
-    return wide.narrow(like.axis, 0, like.q.shape[like.axis])
+    return straight_through(x, x.round())
 
 
 # ------------------------------------------------------------------------------------ learning

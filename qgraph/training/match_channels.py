@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qgraph.numerics.groups import layout
 from qgraph.numerics.spec import PerAxis
 from qgraph.torch.fake_quant import spread
 from qgraph.torch.to_module import NODE
@@ -83,7 +84,7 @@ class MatchChannels(fx.Interpreter):
         quantizer, weight, bias = self.layers[name]
         gain, offset = regression(result, self.wanted.pop(name))
         quantizer.start.mul_(gain)
-        weight.mul_(spread(gain, weight.shape, quantizer.spec))
+        weight.mul_(spread(gain, weight.shape, *layout(quantizer.spec)))
         bias.mul_(gain.reshape(bias.shape)).add_(offset.reshape(bias.shape))
         shape = [1, -1, *[1] * (result.ndim - 2)]
         return result * gain.reshape(shape) + offset.reshape(shape)

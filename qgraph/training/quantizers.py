@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qgraph.numerics.blocks import lowest
+from qgraph.numerics.groups import first_scales, layout, rows_of, shape_of
 from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.reference import quantize, scale_zero_point
-from qgraph.numerics.spec import NUMPY, PerAxis, PerBlock, PerToken, QuantSpec
+from qgraph.numerics.spec import NUMPY, PerBlock, PerToken, QuantSpec
 from qgraph.numerics.tokens import TokenGrid
 from qgraph.torch.fake_quant import (
     fake_quantize,
@@ -18,12 +20,8 @@ from qgraph.torch.fake_quant import (
     fake_quantize_blocks,
     fake_quantize_run,
     fake_quantize_token,
-    first_scales,
     gradient_share,
-    lowest,
-    rows_of,
     scale_for_bias,
-    shape_of,
     spread,
     step_size,
 )
@@ -174,10 +172,8 @@ class WeightQuantizer(nn.Module):
         bias = bias if bias is None else bias.reshape(-1).expand(self.outputs)
         scale, (data,) = self.scale(bias), self._data
         share = gradient_share(w.numel() / max(scale.numel(), 1), self.spec.qmax)
-        zero = spread(self.zero, w.shape, self.spec)
-        rounded = fake_quantize(
-            w, spread(scale, w.shape, self.spec), zero, lowest(self.spec), self.spec.qmax, share
-        )
+        steps, zeros = (spread(a, w.shape, *layout(self.spec)) for a in (scale, self.zero))
+        rounded = fake_quantize(w, steps, zeros, lowest(self.spec), self.spec.qmax, share)
         if bias is None:
             return rounded
         assert data is not None
@@ -209,13 +205,13 @@ class WeightQuantizer(nn.Module):
     def integers(self, w: Tensor, bias: Tensor | None) -> Quantized:
         """What insert-qdq writes."""
         bias = bias if bias is None else bias.reshape(-1).expand(self.outputs)
-        scale, kind = self.scale(bias), self.spec.granularity
-        wide, zero = (spread(a, w.shape, self.spec).cpu().numpy() for a in (scale, self.zero))
-        q = quantize(w.float().cpu().numpy(), wide, zero, lowest(self.spec), self.spec.qmax)
+        scale, (axis, block) = self.scale(bias), layout(self.spec)
+        steps, zeros = (spread(a, w.shape, axis, block).cpu().numpy() for a in (scale, self.zero))
+        q = quantize(w.float().cpu().numpy(), steps, zeros, lowest(self.spec), self.spec.qmax)
         return Quantized(
             np.ascontiguousarray(q, NUMPY[self.spec.dtype]),
             scale.cpu().numpy(),
             self.zero.cpu().numpy(),
-            kind.axis if isinstance(kind, PerAxis | PerBlock) else None,
-            block=kind.size if isinstance(kind, PerBlock) else 0,
+            axis,
+            block=block,
         )

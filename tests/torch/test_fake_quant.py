@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qgraph.numerics.blocks import quantize_groups
+from qgraph.numerics.blocks import lowest, quantize_groups
+from qgraph.numerics.groups import first_scales, layout, rows_of, shape_of
+from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.reference import (
     INT32_MAX,
     SMALLEST_SCALE,
@@ -21,7 +23,7 @@ from qgraph.numerics.reference import (
     scale_zero_point,
     weight_scale_for_bias,
 )
-from qgraph.numerics.spec import PerAxis, PerBlock, PerTensor, PerToken, QuantSpec
+from qgraph.numerics.spec import PerAxis, PerBlock, PerTensor, QuantSpec
 from qgraph.numerics.tokens import (
     dequantize_per_token,
     quantize_per_token,
@@ -34,12 +36,8 @@ from qgraph.torch.fake_quant import (
     fake_quantize_blocks,
     fake_quantize_run,
     fake_quantize_token,
-    first_scales,
     gradient_share,
-    lowest,
-    rows_of,
     scale_for_bias,
-    shape_of,
     spread,
     step_size,
     straight_through,
@@ -84,8 +82,8 @@ def test_weights_are_those_of_the_reference(
     tensors = (
         spread(
             torch.as_tensor(np.ascontiguousarray(a)).reshape(shape_of(w.shape, spec)),
-            torch.Size(w.shape),
-            spec,
+            w.shape,
+            *layout(spec),
         )
         for a in (scale, zero)
     )
@@ -108,6 +106,22 @@ def test_weights_are_those_of_the_reference(
             - w
         )
     assert np.square(y.numpy() - w).sum() <= np.square(theirs).sum() * 1.02
+
+
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerAxis(0), PerAxis(1), PerBlock(0, 5), PerBlock(1, 8)]
+)
+def test_scales_spread_as_those_of_the_reference(
+    granularity: PerTensor | PerAxis | PerBlock,
+) -> None:
+    q, spec = np.zeros((17, 13), np.int8), QuantSpec(granularity=granularity)
+    rng, shape = np.random.default_rng(0), shape_of(q.shape, spec)
+    scale = np.asarray(rng.standard_normal(shape), np.float32)
+    zero = rng.integers(-8, 8, shape, np.int32)
+    axis, block = layout(spec)
+    weight = Quantized(q, scale, np.asarray(zero), axis, block=block)
+    for array, theirs in ((scale, weight.steps()), (zero, weight.zeros())):
+        same(spread(torch.as_tensor(array), q.shape, axis, block), theirs)
 
 
 @given(ARRAYS, st.sampled_from(BITS), st.booleans())
@@ -178,7 +192,7 @@ def test_every_scale_gets_the_gradient_of_its_own_elements() -> None:
     spec = QuantSpec(ir.DataType.INT8, PerBlock(0, 3), bits=2)
     scale = torch.full((2, 4), 0.4, requires_grad=True)
     zero = torch.zeros(2, 4, dtype=torch.int32)
-    wide = spread(scale, w.shape, spec), spread(zero, w.shape, spec)
+    wide = spread(scale, w.shape, *layout(spec)), spread(zero, w.shape, *layout(spec))
     found = slope((fake_quantize(w, *wide, -2, 1) * w).sum(), scale)
     for row in range(2):
         for column in range(4):
@@ -233,24 +247,3 @@ def test_rounding_at_run_time_passes_gradients() -> None:
 def test_the_share_of_a_scale() -> None:
     assert gradient_share(100, 1) == pytest.approx(0.1)
     assert gradient_share(0, 0) == 1.0
-
-
-# --- first scales ---------------------------------------------------------------------------------
-
-
-def test_two_bits_need_a_third_of_the_range() -> None:
-    w = np.random.default_rng(0).standard_normal((1, 4096)).astype(np.float32)
-    spec = QuantSpec(ir.DataType.INT8, bits=2)
-    scale, _ = first_scales(w, spec)
-    assert 0.8 < scale[0] < 1.3  # -2, -1, 0, 1 steps of about one standard deviation
-
-
-def test_rows_of_zeros_get_a_scale_of_the_others() -> None:
-    spec = QuantSpec(ir.DataType.INT8, bits=4)
-    scale, _ = first_scales(np.array([[0, 0], [7, 7], [0.7, 0.7]], np.float32), spec)
-    assert scale[0] == pytest.approx(scale[1:].mean())
-    assert first_scales(np.zeros((2, 3), np.float32), spec)[0].tolist() == [1, 1]
-
-
-def test_a_token_is_no_group_of_a_weight() -> None:
-    assert shape_of((3, 4), QuantSpec(ir.DataType.UINT8, PerToken())) == ()

@@ -5,20 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qgraph.torch.fake_quant import spread
 from qgraph.torch.ops.convolution import conv
 from qgraph.torch.ops.types import NARROW, Operators, torch_dtype
 
 
-def spread(parameter: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
-    """Scales or zero points so that they broadcast against `x`: of all, of an axis, of blocks."""
+def broadcast(parameter: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
+    """Scales or zero points as ONNX has them, so that they broadcast against `x`: a single one may
+    come as a vector, and blocks show in the rank."""
     if block_size and parameter.ndim == x.ndim:
-        length = x.shape[axis]
-        return parameter.repeat_interleave(block_size, axis).narrow(axis, 0, length)
+        return spread(parameter, x.shape, axis, block_size)
     if parameter.numel() == 1:
         return parameter.reshape(())
-    shape = [1] * x.ndim
-    shape[axis] = -1
-    return parameter.reshape(shape)
+    return spread(parameter, x.shape, axis, 0)
 
 
 def saturated(x: Tensor, onnx_type: int, dtype: torch.dtype) -> Tensor:
@@ -47,8 +46,8 @@ def quantize_linear(
     held = torch.uint8 if zero_point is None else zero_point.dtype
     dtype = torch_dtype(kind) if kind else held
     exact = torch_dtype(precision) if precision else scale.dtype
-    y = x.to(exact) / spread(scale, x, axis, block_size).to(exact)
-    zero = None if zero_point is None else spread(zero_point, x, axis, block_size)
+    y = x.to(exact) / broadcast(scale, x, axis, block_size).to(exact)
+    zero = None if zero_point is None else broadcast(zero_point, x, axis, block_size)
     if dtype.is_floating_point:
         y = y if zero is None else y + zero.to(exact)
         largest = torch.finfo(dtype).max
@@ -66,11 +65,11 @@ def dequantize_linear(
     block_size: int = 0,
     output_dtype: int = 0,
 ) -> Tensor:
-    step = spread(scale, x, axis, block_size)
+    step = broadcast(scale, x, axis, block_size)
     if x.dtype.is_floating_point:
         x = x.to(scale.dtype)
     if zero_point is not None:
-        zero = spread(zero_point, x, axis, block_size)
+        zero = broadcast(zero_point, x, axis, block_size)
         if x.dtype.is_floating_point:
             x = x - zero.to(x.dtype)
         else:
@@ -134,7 +133,7 @@ def conv_integer(
     pads: list[int] | None = None,
     strides: list[int] | None = None,
 ) -> Tensor:
-    per_channel = None if w_zero_point is None else spread(w_zero_point, w, 0, 0)
+    per_channel = None if w_zero_point is None else broadcast(w_zero_point, w, 0, 0)
     y = conv(
         _centred(x, x_zero_point, False),
         _centred(w, per_channel, False),
@@ -198,8 +197,8 @@ def qlinear_conv(
         strides=strides,
     )
     if bias is not None:
-        y = y + spread(bias, y, 1, 0)
-    return requantized(y, spread(x_scale * w_scale / y_scale, y, 1, 0), y_zero_point)
+        y = y + broadcast(bias, y, 1, 0)
+    return requantized(y, broadcast(x_scale * w_scale / y_scale, y, 1, 0), y_zero_point)
 
 
 def matmul_integer_to_float(
