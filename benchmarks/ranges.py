@@ -26,8 +26,7 @@ from benchmarks import svg, tasks, zoo
 from benchmarks.tables import Report, parser
 from qgraph.backends import get_target
 from qgraph.calibration.capture import captured
-from qgraph.graph.annotation import STATS, product_groups
-from qgraph.numerics.stats import Stats
+from qgraph.graph.annotation import calibrated_stats, product_groups, stats_of
 from qgraph.pipeline.pass_manager import Pass
 from qgraph.recipes.eight_bits import w8a8
 
@@ -82,15 +81,15 @@ def _inputs(model: ir.Model, name: str) -> list[ir.Value]:
     for x, sites in product_groups(model).items():
         for site in sites:
             layer = _LAYER.search(site.name)
-            if layer is not None and name in site.name and STATS in x.meta:
+            if layer is not None and name in site.name and stats_of(x) is not None:
                 found[int(layer[1])] = x
     return [found[layer] for layer in sorted(found)]
 
 
 def _peaks(x: ir.Value) -> Peaks:
-    stats: Stats = x.meta[STATS]
-    assert stats.channel_peak is not None
-    return stats.channel_peak
+    peaks = calibrated_stats(x).channel_peak
+    assert peaks is not None
+    return peaks
 
 
 def first_over_median(tokens: NDArray[np.float32]) -> float:

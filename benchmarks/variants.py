@@ -25,7 +25,7 @@ from benchmarks.tasks import Feed
 from qgraph.backends import get_target
 from qgraph.graph.ops import FLOATS
 from qgraph.graph.reading import constant, dims, is_op, node_name, nodes
-from qgraph.io.models import DATA, SOURCE
+from qgraph.io.models import source_files
 from qgraph.recipes import get_recipe
 from qgraph.recipes.recipe import FLOAT_STAGE
 
@@ -65,7 +65,7 @@ def _reason(error: Exception) -> str:
 def size(path: Path) -> int:
     """Bytes of a model's file and of its external data."""
     model = qgraph.load(path)
-    return sum(file.stat().st_size for file in (model.meta[SOURCE], *model.meta[DATA]))
+    return sum(file.stat().st_size for file in source_files(model))
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.annotation import IN, Stage, retract
-from qgraph.graph.reading import array, release
-from qgraph.graph.sites import sites
+from qgraph.graph import array, release, retract, sites, weight_spec
+from qgraph.graph.annotation import Stage
 from qgraph.numerics.noise import sqnr_db
 from qgraph.numerics.reference import along, dequantize, quantize_weight
 from qgraph.numerics.spec import PerAxis, QuantSpec
@@ -41,7 +40,7 @@ class KeepSensitive(Pass):
     def run(self, model: ir.Model, context: Context) -> bool:
         changed = False
         for site in sites(model):
-            spec = site.node.meta.get(IN, {}).get(site.w_index)
+            spec = weight_spec(site)
             weight = array(site.weight)
             if spec is None or weight is None:
                 continue

@@ -13,21 +13,31 @@ import onnx_ir as ir
 
 from qgraph.errors import PipelineError
 from qgraph.graph.annotation import (
-    IN,
-    INTEGERS,
-    SPEC,
     Stage,
     commit_to,
-    describe,
-    output_value,
+    integers_of,
+    is_annotated,
     retract,
+    retract_node,
+    set_spec,
+    set_use_specs,
+    spec_of,
     static_spec,
-    words,
+    use_spec,
 )
 from qgraph.graph.islands import Cost, settle, size
 from qgraph.graph.ops import FLOATS, LINEAR
 from qgraph.graph.reading import array, constant, dims, is_op, node_name, nodes, opset, release
-from qgraph.graph.sites import CONVOLUTIONS, PRODUCTS, Site, SiteKind, nested, site_of, sites
+from qgraph.graph.sites import (
+    CONVOLUTIONS,
+    PRODUCTS,
+    Site,
+    SiteKind,
+    nested,
+    output_value,
+    site_of,
+    sites,
+)
 from qgraph.numerics.spec import (
     FLOAT8,
     PER_RUN,
@@ -39,6 +49,8 @@ from qgraph.numerics.spec import (
     PerTensor,
     QuantSpec,
     RangeMethod,
+    describe,
+    words,
 )
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -264,8 +276,9 @@ def _own(weight: QuantSpec, site: Site) -> Iterator[QuantSpec]:
 
     A weight that came with integers, as from a checkpoint, has no other spec than theirs.
     """
-    if INTEGERS in site.weight.meta:
-        yield site.weight.meta[INTEGERS][0]
+    rounded = integers_of(site.weight)
+    if rounded is not None:
+        yield rounded[0]
         return
     per_channel = PerAxis(site.axis)
     if isinstance(weight.granularity, PerBlock):
@@ -358,8 +371,8 @@ def _join(node: ir.Node, activation: QuantSpec) -> None:
     data = [v for i, v in enumerate(node.inputs) if v is not None and _is_data(node, i)]
     if not data or not all(static_spec(v) is not None for v in data):
         return
-    node.meta[IN] = {i: activation for i, v in enumerate(node.inputs) if _is_data(node, i)}
-    output_value(node).meta[SPEC] = activation
+    set_use_specs(node, {i: activation for i, _ in enumerate(node.inputs) if _is_data(node, i)})
+    set_spec(output_value(node), activation)
 
 
 def _is_data(node: ir.Node, index: int) -> bool:
@@ -372,10 +385,9 @@ def _is_data(node: ir.Node, index: int) -> bool:
 def _drop_lonely_glue(model: ir.Model) -> None:
     """A glue operator none of whose users takes integers would only add conversions: undo it."""
     for node in reversed(list(model.graph)):
-        if IN not in node.meta or SPEC not in output_value(node).meta:
+        if not is_annotated(node) or spec_of(output_value(node)) is None:
             continue
         if is_op(node, *LINEAR):
             continue
-        output = output_value(node)
-        if not any(u.idx in u.node.meta.get(IN, {}) for u in output.uses()):
-            del node.meta[IN], output.meta[SPEC]
+        if all(use_spec(u.node, u.idx) is None for u in output_value(node).uses()):
+            retract_node(node)

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from qgraph.calibration.capture import Rows, captured, first_feeds
 from qgraph.calibration.resume import kept_for
 from qgraph.errors import check_counts
-from qgraph.graph.annotation import IN, INTEGERS, Stage, product_groups
+from qgraph.graph.annotation import (
+    Stage,
+    annotated_weight_spec,
+    data_spec,
+    integers_of,
+    product_groups,
+    weight_spec,
+)
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
 from qgraph.graph.flow.scaling import read_elsewhere, scale_inputs
@@ -107,7 +114,7 @@ class AWQ(Pass):
             tensor = constant(site.weight)
             if tensor is None or tensor.dtype != ir.DataType.FLOAT:
                 return "its weight is not float32"
-            if INTEGERS in site.weight.meta:
+            if integers_of(site.weight) is not None:
                 return "its weight has been rounded already"
             if read_elsewhere(site.weight, sites):
                 return "its weight serves other data too, and would have to be stored once for each"
@@ -123,7 +130,7 @@ class AWQ(Pass):
         self, sites: list[Site], route: Absorption, tokens: Rows, context: Context
     ) -> Arrays:
         """The best factors, their alpha, and what they leave of the noise."""
-        trials = [_Trial.of(s, tokens, context.seed) for s in sites if s.w_index in _specs(s)]
+        trials = [_Trial.of(s, tokens, context.seed) for s in sites if weight_spec(s) is not None]
         data = merge(route.ties, data_magnitude(tokens))
         weights = merge(route.ties, np.mean([trial.magnitude() for trial in trials], axis=0))
         best, alpha = np.ones(len(data), np.float32), 0.0
@@ -154,11 +161,6 @@ class AWQ(Pass):
         return True
 
 
-def _specs(site: Site) -> dict[int, QuantSpec]:
-    specs: dict[int, QuantSpec] = site.node.meta.get(IN, {})
-    return specs
-
-
 @dataclass(frozen=True, eq=False)
 class _Trial:
     """Some outputs of a product, on which factors are tried.
@@ -177,7 +179,7 @@ class _Trial:
 
     @staticmethod
     def of(site: Site, tokens: Rows, seed: int) -> _Trial:
-        spec, data = _specs(site)[site.w_index], _specs(site).get(site.x_index)
+        spec, data = annotated_weight_spec(site), data_spec(site)
         if isinstance(spec.granularity, PerBlock):
             spec = spec.with_(granularity=PerBlock(0, spec.granularity.size))
         elif isinstance(spec.granularity, PerAxis):

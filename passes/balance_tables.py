@@ -9,11 +9,19 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.annotation import IN, SPEC, STATS, Stage
+from qgraph.graph.annotation import (
+    Stage,
+    annotated_weight_spec,
+    is_annotated,
+    move_annotations,
+    set_use_spec,
+    set_use_specs,
+    weight_spec,
+)
 from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
 from qgraph.graph.reading import array, constant, dims, release, unmap
 from qgraph.graph.sites import Site, sites
-from qgraph.numerics.spec import PerAxis, PerBlock, QuantSpec
+from qgraph.numerics.spec import PerAxis, PerBlock
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 
@@ -62,13 +70,13 @@ class BalanceTables(Pass):
         changed = False
         for site in list(sites(model)):
             tensor = constant(site.weight)
-            if site.kind != "gather" or IN not in site.node.meta or tensor is None:
+            if site.kind != "gather" or not is_annotated(site.node) or tensor is None:
                 continue
             if site.axis != 0 or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
                 continue
             if _tie(model, site, context):
                 changed = True
-            elif not isinstance(site.node.meta[IN][site.w_index].granularity, PerBlock):
+            elif not isinstance(annotated_weight_spec(site).granularity, PerBlock):
                 _balance(model, site, tensor)  # blocks follow the columns as they are
                 changed = True
         if changed:
@@ -114,8 +122,8 @@ def _may_share(model: ir.Model, table: Site, product: Site) -> bool:
         return False
     if weight.dtype != ir.DataType.FLOAT or product.kn[::-1] != tuple(dims(table.weight)):
         return False
-    of_table: QuantSpec = table.node.meta[IN][table.w_index]
-    spec: QuantSpec | None = product.node.meta.get(IN, {}).get(product.w_index)
+    of_table = annotated_weight_spec(table)
+    spec = weight_spec(product)
     if spec is None or indices.shape is None:
         return False
     if isinstance(of_table.granularity, PerBlock):
@@ -147,7 +155,7 @@ def _share(model: ir.Model, site: Site, product: Site, factors: np.ndarray) -> N
     indices = list(site.x.shape or ())
     node.replace_input_with(site.w_index, product.weight)
     node.attributes["axis"] = ir.AttrInt64("axis", 1)
-    node.meta[IN] = {site.w_index: product.node.meta[IN][product.w_index]}
+    set_use_specs(node, {site.w_index: annotated_weight_spec(product)})
     turn = _append(model, node, "Transpose", base="rows", perm=[*range(1, len(indices) + 1), 0])
     result.shape = ir.Shape([product.kn[0], *indices])
     if (factors != 1).any():
@@ -161,7 +169,7 @@ def _without_trans_b(model: ir.Model, product: Site) -> Site:
     turned = _derived(tensor, lambda w: w.T.copy(), product.kn)
     node.replace_input_with(index, add_constant(model, f"{product.weight.name}_T", turned))
     node.attributes.pop("transB")
-    node.meta[IN][index] = node.meta[IN][index].with_(granularity=PerAxis(1))
+    set_use_spec(node, index, annotated_weight_spec(product).with_(granularity=PerAxis(1)))
     return replace(product, axis=1)
 
 
@@ -182,9 +190,7 @@ def _append(
     new = made.outputs[0]
     new.type, new.shape = old.type, old.shape
     redirect(old, new, keep=[made])
-    for key in (SPEC, STATS):
-        if key in old.meta:
-            new.meta[key] = old.meta.pop(key)
+    move_annotations(old, new)
     return made
 
 

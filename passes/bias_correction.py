@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph.errors import CalibrationError
-from qgraph.graph.annotation import IN, STATS, Stage
+from qgraph.graph.annotation import Stage, calibrated_stats, stats_of, weight_spec
 from qgraph.graph.editing import add_constant, remove_dead
 from qgraph.graph.reading import array, attribute, dims, release
 from qgraph.graph.sites import Site, bias_use, by_input_channel, site_of
@@ -98,8 +98,8 @@ class BiasCorrection(Pass):
         changed = False
         for node in model.graph:
             site = site_of(node)
-            spec = node.meta.get(IN, {}).get(site.w_index) if site is not None else None
-            if site is None or not isinstance(spec, QuantSpec):
+            spec = weight_spec(site) if site is not None else None
+            if site is None or spec is None:
                 continue
             problem = _unfit(site, spec)
             if problem is not None:
@@ -115,7 +115,8 @@ class BiasCorrection(Pass):
         w, use = array(site.weight), bias_use(site)
         assert w is not None
         assert use is not None
-        mean = site.x.meta[STATS].channel_mean
+        mean = calibrated_stats(site.x).channel_mean
+        assert mean is not None
         final = quantize_site(site, spec, context.target.saturates)
         shift = expected_shift(site, w, final.float(), mean)
         release(site.weight)
@@ -156,7 +157,7 @@ def _unfit(site: Site, spec: QuantSpec) -> str | None:
         return f"the shift of a {site.node.op_type} is not corrected"
     if not isinstance(spec.granularity, PerTensor | PerAxis):
         return f"its weight is quantized {spec.granularity}"
-    stats = site.x.meta.get(STATS)
+    stats = stats_of(site.x)
     if stats is None or stats.channel_mean is None:
         return "the mean of its input is unknown: set channel_means=true in insert-observers"
     if stats.channel_mean.size != _inputs(site) or not np.isfinite(stats.channel_mean).all():

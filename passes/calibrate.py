@@ -12,10 +12,10 @@ import onnx_ir as ir
 from qgraph.calibration.collect import _collect, reductions
 from qgraph.calibration.resume import read_stats, stats_file, write_stats
 from qgraph.errors import CalibrationError
-from qgraph.graph.annotation import STATS, Stage
+from qgraph.graph.annotation import Stage, set_stats, wanted_of
 from qgraph.graph.editing import redirect
 from qgraph.graph.functions import OBSERVER, is_call, undeclare_unused
-from qgraph.numerics.stats import Stats, Wanted
+from qgraph.numerics.stats import Stats
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 
@@ -53,9 +53,7 @@ class Calibrate(Pass):
                 "this needs calibration data: give some typical inputs (calibration=..., or -c on "
                 "the command line), or use the recipe 'dynamic'"
             )
-        wanted: dict[str, Wanted] = {
-            _observed(node): node.meta["qgraph.wanted"] for node in observers
-        }
+        wanted = {_observed(node): wanted_of(node) for node in observers}
         probe = reductions(model, wanted)
         kept = stats_file(probe, context)
         stats = read_stats(kept, wanted) if kept is not None else None
@@ -66,7 +64,7 @@ class Calibrate(Pass):
         for node, name in zip(observers, wanted, strict=True):
             value = node.inputs[0]
             assert value is not None
-            value.meta[STATS] = stats[name]
+            set_stats(value, stats[name])
             if not stats[name].count:
                 context.remark("warning", self.name, name, "", "calibration data never reached it")
             redirect(node.outputs[0], value)

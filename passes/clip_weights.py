@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qgraph.calibration.capture import Rows, captured, first_feeds
 from qgraph.calibration.resume import kept_for
 from qgraph.errors import check_counts
-from qgraph.graph.annotation import IN, Stage, product_groups
+from qgraph.graph.annotation import Stage, annotated_weight_spec, product_groups
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.sites import Site
 from qgraph.numerics.blocks import Scales, full_range, rounding_error
@@ -108,7 +108,7 @@ class ClipWeights(Pass):
     def _clip(self, site: Site, tokens: Rows, context: Context) -> tuple[Quantized, float]:
         """The rounded weight, and what clipping leaves of the noise."""
         sample = some_columns(columns(site), COLUMNS, context.seed)
-        metric = gram(tokens, sample, site.node.meta[IN][site.w_index])
+        metric = gram(tokens, sample, annotated_weight_spec(site))
         errors = np.zeros(2)
 
         def search(w: Float, spec: QuantSpec) -> Scales:

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from qgraph.calibration.capture import Rows, captured
 from qgraph.errors import check_counts
-from qgraph.graph.annotation import IN, Stage, product_groups
+from qgraph.graph.annotation import (
+    Stage,
+    annotated_weight_spec,
+    data_spec,
+    product_groups,
+    weight_spec,
+)
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.ops import lowest_value
 from qgraph.graph.reading import array, release
@@ -98,8 +104,7 @@ class Distill(Pass):
         return bool(learned)
 
     def _may_learn(self, site: Site, context: Context) -> bool:
-        specs: dict[int, QuantSpec] = site.node.meta.get(IN, {})
-        data, weight = specs.get(site.x_index), specs.get(site.w_index)
+        data, weight = data_spec(site), weight_spec(site)
         if weight is None or data is None or not data.dynamic:
             return False
         why = None
@@ -114,10 +119,11 @@ class Distill(Pass):
 
     def _learn(self, site: Site, tokens: Rows, context: Context) -> list[Quantized]:
         """The weight as it was learned; empty where rounding to nearest is as good."""
-        specs, target = site.node.meta[IN], context.target
-        spec: QuantSpec = specs[site.w_index]
+        spec, data = annotated_weight_spec(site), data_spec(site)
+        assert data is not None
+        target = context.target
         nearest = quantize_site(site, spec, target.saturates)
-        seen = rounded_data(tokens, specs[site.x_index], lowest=lowest_value(site.x))
+        seen = rounded_data(tokens, data, lowest=lowest_value(site.x))
         test = slice(HELD_OUT - 1, None, HELD_OUT) if len(tokens) >= HELD_OUT else slice(None)
         learners = np.ones(len(tokens), np.bool_)
         learners[test] = len(tokens) < HELD_OUT

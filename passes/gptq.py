@@ -13,7 +13,13 @@ import onnx_ir as ir
 from qgraph.calibration.resume import kept_for
 from qgraph.calibration.walk import Walk
 from qgraph.errors import CalibrationError, QGraphError
-from qgraph.graph.annotation import IN, Stage, annotated, product_groups
+from qgraph.graph.annotation import (
+    Stage,
+    annotated,
+    annotated_weight_spec,
+    product_groups,
+    weight_spec,
+)
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.reading import array, release
 from qgraph.graph.sites import Site, site_of
@@ -136,7 +142,7 @@ class GPTQ(Pass):
                 message = f"rounded to nearest: {why}"
                 context.remark("declined", self.name, site.name, node.op_type, message)
         groups = {
-            x: [s for s in sites if s.node in reached and s.w_index in s.node.meta.get(IN, {})]
+            x: [s for s in sites if s.node in reached and weight_spec(s) is not None]
             for x, sites in product_groups(model, "weight").items()
         }
         return {x: sites for x, sites in groups.items() if sites}
@@ -148,7 +154,7 @@ class GPTQ(Pass):
         shared = problem(gram, cross, self.damping, self.act_order)
         found: list[Rounded | None] = []
         for site, weight in zip(sites, nearest, strict=True):
-            w, spec = array(site.weight), site.node.meta[IN][site.w_index]
+            w, spec = array(site.weight), annotated_weight_spec(site)
             assert w is not None
             found.append(round_weight(w, site.axis, weight, spec, shared) if shared else None)
             release(site.weight)
@@ -170,8 +176,7 @@ class GPTQ(Pass):
 
 
 def _to_nearest(site: Site, context: Context) -> Quantized:
-    spec, target = site.node.meta[IN][site.w_index], context.target
-    return quantize_site(site, spec, target.saturates)
+    return quantize_site(site, annotated_weight_spec(site), context.target.saturates)
 
 
 # --- what is kept of a run ------------------------------------------------------------------------

@@ -9,21 +9,20 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.annotation import (
-    IN,
-    SPEC,
-    STATS,
     Stage,
     annotated,
+    annotated_weight_spec,
     commit_to,
-    describe,
-    output_value,
     retract,
+    retract_node,
     static_spec,
+    stats_of,
+    use_spec,
 )
 from qgraph.graph.reading import is_op, node_name
 from qgraph.graph.sites import Site, site_of
 from qgraph.numerics.reference import scale_zero_point
-from qgraph.numerics.spec import PER_TOKEN, PerTensor, QuantSpec
+from qgraph.numerics.spec import PER_TOKEN, PerTensor, QuantSpec, describe
 from qgraph.numerics.stats import Stats, find_range, token_sqnr_db
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -72,8 +71,8 @@ class GuardStatic(Pass):
         return changed
 
     def _guard_site(self, site: Site, spec: QuantSpec, context: Context) -> bool:
-        stats: Stats = site.x.meta.get(STATS, Stats())
-        op, weight = site.node.op_type, site.node.meta[IN][site.w_index]
+        stats = stats_of(site.x) or Stats()
+        op, weight = site.node.op_type, annotated_weight_spec(site)
         dynamic = spec.dynamic
         if not dynamic and not stats.count:
             retract(site)
@@ -101,11 +100,8 @@ class GuardStatic(Pass):
         return True
 
     def _guard_glue(self, node: ir.Node, context: Context) -> bool:
-        stats: list[Stats] = [
-            v.meta.get(STATS, Stats())
-            for i, v in enumerate(node.inputs)
-            if v and i in node.meta[IN]
-        ]
+        quantized = [v for i, v in enumerate(node.inputs) if v and use_spec(node, i) is not None]
+        stats = [stats_of(value) or Stats() for value in quantized]
         why, numbers = f"kept float: {_UNREACHED}", {}
         if all(s.count for s in stats):
             spans = [span for s in stats if (span := max(-s.low, s.high)) > 0]  # any scale holds 0
@@ -114,7 +110,6 @@ class GuardStatic(Pass):
                 return False
             why = "kept float: its inputs have ranges too different for one scale"
             numbers = {"ratio": ratio}
-        del node.meta[IN]
-        output_value(node).meta.pop(SPEC, None)
+        retract_node(node)
         context.remark("declined", self.name, node_name(node), node.op_type, why, **numbers)
         return True

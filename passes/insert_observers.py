@@ -8,7 +8,15 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qgraph.graph.annotation import IN, WANTED, Stage, product_groups, static_specs
+from qgraph.graph.annotation import (
+    Stage,
+    copy_annotations,
+    data_spec,
+    product_groups,
+    set_wanted,
+    static_specs,
+    use_spec,
+)
 from qgraph.graph.editing import insert
 from qgraph.graph.functions import OBSERVER, declare
 from qgraph.graph.sites import Site, site_of
@@ -62,15 +70,15 @@ class InsertObservers(Pass):
             model, producer or model.graph[0], OBSERVER, [value],
             base=f"{value.name}/observer", domain="qgraph", after=producer is not None,
         )  # fmt: skip
-        node.meta[WANTED] = wanted
+        set_wanted(node, wanted)
         observed = node.outputs[0]
         observed.shape, observed.type = value.shape, value.type
-        observed.meta.update(value.meta)
+        copy_annotations(value, observed)
         for use in [u for u in value.uses() if u.node is not node]:
             use.node.replace_input_with(use.idx, observed)
 
     def _wanted(self, value: ir.Value, specs: list[QuantSpec], saturates: bool) -> Wanted:
-        wanting = [use for use in value.uses() if use.idx in use.node.meta.get(IN, {})]
+        wanting = [use for use in value.uses() if use_spec(use.node, use.idx) is not None]
         users = [s for u in wanting if (s := site_of(u.node)) and s.x_index == u.idx]
         linear = any(s.is_product for s in users)
         axes = {-1 if s.is_product else 1 for s in users}
@@ -85,7 +93,7 @@ class InsertObservers(Pass):
 
 def _per_run(site: Site) -> bool:
     """Whether one scale, found at run time, is to serve all tokens of the site's data."""
-    spec: QuantSpec | None = site.node.meta[IN].get(site.x_index)
+    spec = data_spec(site)
     return spec is not None and isinstance(spec.granularity, PerTensor)
 
 

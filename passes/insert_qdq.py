@@ -10,15 +10,18 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.annotation import (
-    IN,
-    INTEGERS,
-    SCALE,
-    SPEC,
-    STATS,
     Stage,
     annotated,
-    output_value,
+    data_spec,
+    forget,
+    forget_use_spec,
+    set_stats,
+    spec_of,
     static_spec,
+    static_uses,
+    stats_of,
+    use_spec,
+    weight_spec,
 )
 from qgraph.graph.editing import add_constant, insert, redirect, remove_dead, shared_constant
 from qgraph.graph.functions import (
@@ -30,7 +33,7 @@ from qgraph.graph.functions import (
 )
 from qgraph.graph.ops import MOVES, lowest_value
 from qgraph.graph.reading import array, constant, is_op, release
-from qgraph.graph.sites import Site, only_user, site_of
+from qgraph.graph.sites import Site, only_user, output_value, site_of
 from qgraph.numerics.reference import quantize_bias
 from qgraph.numerics.spec import FLOAT8, NUMPY, PerBlock, PerToken, QuantSpec
 from qgraph.numerics.tokens import SYMMETRIC_GRID, token_grid
@@ -94,14 +97,7 @@ class InsertQDQ(Pass):
             for index, spec in specs.items():
                 if spec.dynamic:
                     work.dynamic(node, index, spec)
-        for value in _all_values(model):
-            value.meta.pop(SPEC, None)
-            value.meta.pop(STATS, None)
-            value.meta.pop(SCALE, None)
-        for node, _ in wanted:
-            node.meta.pop(IN, None)
-        for value in model.graph.initializers.values():
-            value.meta.pop(INTEGERS, None)
+        forget(model)
         remove_dead(model)  # the float weights
         return bool(wanted)
 
@@ -148,7 +144,7 @@ class _Commit:
             for index, value in enumerate(link.inputs):
                 if value is None or value.dtype not in _HALF:
                     continue
-                if constant(value) is None or index not in link.meta.get(IN, {}):
+                if constant(value) is None or use_spec(link, index) is None:
                     link.replace_input_with(index, self._widened(link, value))
             link.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         name = f"{last.name}_cast"
@@ -175,16 +171,16 @@ class _Commit:
                 self.model, node, "Cast", [value], base=f"{value.name}_f32", attributes=to
             )
             self.casts[key] = _typed(cast, value)
-            if STATS in value.meta:
-                self.casts[key].meta[STATS] = value.meta[STATS]
+            if (stats := stats_of(value)) is not None:
+                set_stats(self.casts[key], stats)
         return self.casts[key]
 
     def weight(self, site: Site) -> None:
         """Put the site's weight (and the bias of static Conv and Gemm) in integers behind a DQ."""
-        specs: dict[int, QuantSpec] = site.node.meta[IN]
-        if site.w_index not in specs or constant(site.weight) is None:
+        spec, data = weight_spec(site), data_spec(site)
+        if spec is None or constant(site.weight) is None:
             return
-        spec, data = specs.pop(site.w_index), specs.get(site.x_index)
+        forget_use_spec(site.node, site.w_index)
         if spec.codebook or spec.dtype in FLOAT8:
             site.node.replace_input_with(site.w_index, self._computed(site, spec, data))
             return
@@ -257,10 +253,9 @@ class _Commit:
 
     def activation(self, value: ir.Value, scale: np.ndarray, zero: np.ndarray) -> None:
         """Q -> DQ behind `value`: for all its users if it has a spec, else for those with one."""
-        spec, shared = static_spec(value), SPEC in value.meta
+        spec, shared = static_spec(value), spec_of(value) is not None
         assert spec is not None
-        users = [u for u in value.uses() if shared or u.idx in u.node.meta.get(IN, {})]
-        users = [u for u in users if not u.node.meta.get(IN, {}).get(u.idx, spec).dynamic]
+        users = static_uses(value)
         anchor = value.producer()
         first = self.model.graph[0]
         inputs = [value, add_constant(self.model, f"{value.name}_scale", scale)]
@@ -286,8 +281,8 @@ class _Commit:
                 base=f"{value.name}_dq", after=True,
             )  # fmt: skip
             new = _typed(dq, value)
-        for use in users:
-            use.node.replace_input_with(use.idx, new)
+        for node, index in users:
+            node.replace_input_with(index, new)
         if shared and value.is_graph_output():
             redirect(value, new, keep=[q, *(u.node for u in value.uses())])
 

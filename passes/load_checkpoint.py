@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph.errors import ModelError, QGraphError
-from qgraph.graph.annotation import INTEGERS, Stage
+from qgraph.graph.annotation import Stage, set_integers
 from qgraph.graph.editing import add_constant, insert, remove_dead
 from qgraph.graph.ops import FLOATS, NORMS
 from qgraph.graph.provenance import modules
@@ -200,7 +200,7 @@ class _Loading:
             return self._constant(base, make, site.weight), None
         spec, weight = whole.quantized(site.axis)
         value = self._constant(base, weight.float, site.weight)
-        value.meta[INTEGERS] = (spec, weight)
+        set_integers(value, spec, weight)
         what = f"{checkpoint.method} weights of {', '.join(parts)}"
         self._remark("applied", site, what, bits=whole.bits, group_size=whole.size)
         return value, whole.order

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from qgraph.calibration.capture import Rows, captured
 from qgraph.errors import QGraphError
-from qgraph.graph.annotation import IN, STATS, Stage, product_groups
+from qgraph.graph.annotation import (
+    Stage,
+    calibrated_stats,
+    data_spec,
+    product_groups,
+    set_stats,
+    weight_spec,
+)
 from qgraph.graph.editing import add_constant, insert, remove_dead
 from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
 from qgraph.graph.flow.scaling import input_peaks, read_elsewhere, scale_inputs, unscalable
@@ -21,8 +28,6 @@ from qgraph.graph.reading import array, release
 from qgraph.graph.sites import Site
 from qgraph.numerics.noise import relative_noise
 from qgraph.numerics.reference import Float, along
-from qgraph.numerics.spec import QuantSpec
-from qgraph.numerics.stats import Stats
 from qgraph.numerics.tokens import rounded_data
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -122,8 +127,8 @@ class Smooth(Pass):
         tokens: Rows | None,
         context: Context,
     ) -> bool:
-        stats: Stats = x.meta[STATS]
-        quantized = [site for site in sites if site.x_index in site.node.meta.get(IN, {})]
+        stats = calibrated_stats(x)
+        quantized = [site for site in sites if data_spec(site) is not None]
         route = absorption(x, [site.node for site in sites])
         factors, numbers = self._choose(x, quantized, route, tokens, context.seed)
         why = None
@@ -140,7 +145,7 @@ class Smooth(Pass):
         else:
             sites = quantized  # others read x as it is
             smoothed, where = _insert(model, sites, factors), "a Mul before it"
-        smoothed.meta[STATS] = stats.divided(factors)
+        set_stats(smoothed, stats.divided(factors))
         for site in sites:
             scale_inputs(model, site, factors)
         self._remark("applied", sites, f"smoothed: factors went into {where}", context, **numbers)
@@ -155,7 +160,7 @@ class Smooth(Pass):
         seed: int,
     ) -> tuple[Float, dict[str, float]]:
         """The factors, and alpha and the noise that it leaves, for remarks."""
-        stats: Stats = x.meta[STATS]
+        stats = calibrated_stats(x)
         x_peaks, w_peaks = stats.channel_peak, np.maximum.reduce([*map(input_peaks, sites)])
         assert x_peaks is not None
         if route is not None:
@@ -192,12 +197,12 @@ def _measured_noise(
     seed: int,
 ) -> dict[float, float]:
     """For each of several factors, the noise of the sites' products, quantized: their mean."""
-    stats: Stats = x.meta[STATS]
+    stats = calibrated_stats(x)
     lowest = lowest_value(x)
     noise = dict.fromkeys(candidates, 0.0)
     for site in sites:
-        specs: dict[int, QuantSpec] = site.node.meta[IN]
-        data, weight = specs[site.x_index], specs.get(site.w_index)
+        data, weight = data_spec(site), weight_spec(site)
+        assert data is not None
         w = _some_outputs(site, seed)
         y = _times(tokens, w, site.axis)
         for alpha, s in candidates.items():

@@ -10,14 +10,22 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph.errors import QGraphError
-from qgraph.graph.annotation import IN, SPEC, STATS, Stage, product_groups
+from qgraph.graph.annotation import (
+    Stage,
+    calibrated_stats,
+    data_spec,
+    move_annotations,
+    product_groups,
+    set_stats,
+    spec_of,
+    use_spec,
+)
 from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
 from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
 from qgraph.graph.flow.scaling import input_peaks, read_elsewhere, scale_inputs, unscalable
 from qgraph.graph.reading import array, attribute, is_op, release
 from qgraph.graph.sites import Site, only_user
 from qgraph.numerics.spec import PerTensor
-from qgraph.numerics.stats import Stats
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 from qgraph.pipeline.remarks import Kind
@@ -88,7 +96,7 @@ class SplitOutliers(Pass):
 
     def _split(self, model: ir.Model, sites: list[Site], context: Context) -> bool:
         x = sites[0].x  # as it is now: an earlier split may have put its sum there
-        quantized = [site for site in sites if site.x_index in site.node.meta.get(IN, {})]
+        quantized = [site for site in sites if data_spec(site) is not None]
 
         def remark(kind: Kind, message: str, **numbers: float) -> None:
             for site in quantized:
@@ -98,7 +106,7 @@ class SplitOutliers(Pass):
         if why := unscalable(x, sites):
             remark("declined", f"not split: {why}")
             return False
-        stats: Stats = x.meta[STATS]
+        stats = calibrated_stats(x)
         peaks = stats.channel_peak
         assert peaks is not None
         found = outliers(peaks, self.threshold, self.share, self.most)
@@ -118,7 +126,7 @@ class SplitOutliers(Pass):
                     scale_inputs(model, site, hush)
         else:
             hushed, rows_gain = _masked(model, x, found, quantized), np.float32(1)
-        hushed.meta[STATS] = stats.divided(hush)
+        set_stats(hushed, stats.divided(hush))
         for site in quantized:
             rows = _rows(site, found) * rows_gain
             if not read_elsewhere(site.weight, sites):
@@ -143,8 +151,8 @@ def _take(model: ir.Model, x: ir.Value, found: Indices, before: ir.Node) -> ir.N
 
 def _carries(route: Absorption, hush: NDArray[np.float32]) -> bool:
     """Whether hushed channels can come this way: tied ones all or none, nothing rounds them off."""
-    specs = [value.meta.get(SPEC) for value in route.values]
-    specs += [edit.node.meta.get(IN, {}).get(edit.index) for edit in route.edits]
+    specs = [spec_of(value) for value in route.values]
+    specs += [use_spec(edit.node, edit.index) for edit in route.edits]
     rounded = any(spec is not None and isinstance(spec.granularity, PerTensor) for spec in specs)
     return not rounded and np.array_equal(merge(route.ties, hush), hush)
 
@@ -183,9 +191,7 @@ def _add(model: ir.Model, site: Site, taken: ir.Value, rows: NDArray[np.float32]
     for result in (product.outputs[0], total.outputs[0]):
         result.type, result.shape = y.type, y.shape
     redirect(y, total.outputs[0], keep=[total])
-    for key in (SPEC, STATS):
-        if key in y.meta:
-            total.outputs[0].meta[key] = y.meta.pop(key)
+    move_annotations(y, total.outputs[0])
 
 
 def row_factors(peaks: NDArray[Any], found: Indices) -> NDArray[np.float32]:

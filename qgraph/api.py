@@ -12,7 +12,7 @@ import onnx_ir as ir
 from qgraph.backends import get_target
 from qgraph.compiled import CompiledModel
 from qgraph.errors import ModelError, QGraphError, check_counts
-from qgraph.graph.annotation import STAGES_KEY, stages
+from qgraph.graph.annotation import copied, stages_of
 from qgraph.graph.reading import initializers
 from qgraph.io.feeds import open_calibration
 from qgraph.io.models import load
@@ -102,8 +102,8 @@ def compile(
         max_memory=max_memory,
         optimize_for=optimize_for,
     )
-    result = _copied(source) if trained is None else trained.annotated()
-    given = frozenset(stages(result))
+    result = copied(source) if trained is None else trained.annotated()
+    given = frozenset(stages_of(result))
     PassManager(chosen.passes, verify=verify, given=given).run(result, context)
     if aim.measured:
         _compare_speed(source, result, context)
@@ -193,14 +193,6 @@ def _rest(trained: QuantizedModule, recipe: str | Recipe, parameters: dict[str, 
         what = sorted(parameters)[0] if parameters else "recipe"
         raise QGraphError(f"'{what}' was settled when the module was prepared: give it there")
     return Recipe("qat", trained.rest)
-
-
-def _copied(source: ir.Model) -> ir.Model:
-    result = source.clone()
-    result.meta.update(source.meta)
-    result.meta[STAGES_KEY] = set(source.meta.get(STAGES_KEY, ()))
-    result.meta.pop("qgraph.names", None)
-    return result
 
 
 def _compare_speed(source: ir.Model, result: ir.Model, context: Context) -> None:

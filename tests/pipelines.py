@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qgraph.backends.cpu.target import CpuTarget
 from qgraph.backends.onnx import OnnxTarget
-from qgraph.graph.annotation import IN, stages
+from qgraph.graph.annotation import IN, stages_of
 from qgraph.graph.sites import Site
 from qgraph.graph.text.printer import to_text
 from qgraph.io.feeds import Feed
@@ -108,7 +108,7 @@ def apply(
     """
     data = [feed(model, seed) for seed in range(2)] if feeds is None else feeds
     context = Context(target, data)
-    PassManager(passes, verify=verify, given=frozenset(stages(model))).run(model, context)
+    PassManager(passes, verify=verify, given=frozenset(stages_of(model))).run(model, context)
     return context
 
 

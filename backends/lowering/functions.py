@@ -7,6 +7,7 @@ from onnx_ir.passes import common
 
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.functions import DOMAIN, undeclare_unused
+from qgraph.graph.names import forget_names
 
 
 def inline_functions(model: ir.Model) -> bool:
@@ -16,6 +17,6 @@ def inline_functions(model: ir.Model) -> bool:
     if changed:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         common.DeduplicateInitializersPass()(model)
-        model.meta.pop("qgraph.names", None)  # there are names now that it does not know
+        forget_names(model)
     undeclare_unused(model)
     return changed

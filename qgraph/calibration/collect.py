@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import CalibrationError
+from qgraph.graph.annotation import forget
 from qgraph.graph.editing import insert, redirect, remove_dead
 from qgraph.graph.functions import OBSERVER, is_call, undeclare_unused
 from qgraph.graph.reading import opset
@@ -45,11 +46,7 @@ def reductions(model: ir.Model, wanted: Mapping[str, Wanted]) -> ir.Model:
         graph.remove(node, safe=True)
     undeclare_unused(probe)
     remove_dead(probe)
-    for node in graph.all_nodes():
-        node.meta.clear()
-        for value in (*node.inputs, *node.outputs):
-            if value is not None:
-                value.meta.clear()
+    forget(probe)
     return probe
 
 

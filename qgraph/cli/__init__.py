@@ -201,7 +201,7 @@ def opt(
     import qgraph
     from qgraph.backends import get_target
     from qgraph.cli.progress import display
-    from qgraph.graph.annotation import Stage, stages
+    from qgraph.graph.annotation import Stage, stages_of
     from qgraph.io.feeds import open_calibration
     from qgraph.io.models import check_output, save
     from qgraph.passes import all_passes
@@ -227,7 +227,7 @@ def opt(
     for line in _effects(context.remarks):
         print(line)
     remarks = context.remarks
-    if Stage.COMMITTED not in stages(source):  # verdicts that nothing has carried out
+    if Stage.COMMITTED not in stages_of(source):  # verdicts that nothing has carried out
         remarks = Remarks(remarks.warnings())
     print(remarks.summary() or "no site was quantized")
     print(f"saved as {output}")

@@ -103,6 +103,6 @@ def parse_size(text: str) -> int:
 
 def size_on_disk(model: ir.Model) -> int:
     """Bytes of the files that `model` was loaded from."""
-    from qgraph.io.models import DATA, SOURCE
+    from qgraph.io.models import source_files
 
-    return sum(path.stat().st_size for path in (model.meta[SOURCE], *model.meta[DATA]))
+    return sum(path.stat().st_size for path in source_files(model))

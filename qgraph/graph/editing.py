@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.graph.annotation import copy_annotations
 from qgraph.graph.names import fresh_name
 from qgraph.graph.reading import INLINE_BYTES, is_op, scope
 
@@ -143,7 +144,7 @@ def _replace(model: ir.Model, node: ir.Node, tensors: Sequence[ir.TensorProtocol
             const_value=tensor,
             metadata_props=dict(old.metadata_props),
         )
-        new.meta.update(old.meta)
+        copy_annotations(old, new)
         old.replace_all_uses_with(new)
         new.name, old.name = old.name, None
         home = graph if tensor.nbytes <= INLINE_BYTES else model.graph

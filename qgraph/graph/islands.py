@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qgraph.graph.annotation import output_value
 from qgraph.graph.ops import CLAMPS
 from qgraph.graph.reading import dims, is_op
-from qgraph.graph.sites import Site
+from qgraph.graph.sites import Site, output_value
 
 Glue = Callable[[ir.Node], bool]
 

@@ -8,10 +8,13 @@ import onnx_ir as ir
 
 from qgraph.graph.reading import graphs, node_name
 
+_NAMES = "qgraph.names"
+"""Where a model remembers the names that its values have, in `model.meta`."""
+
 
 def fresh_name(model: ir.Model, base: str) -> str:
     """A value name that no value of the main graph or its subgraphs has."""
-    taken: set[str] | None = model.meta.get("qgraph.names")
+    taken: set[str] | None = model.meta.get(_NAMES)
     if taken is None:
         taken = {v.name for v in model.graph.inputs if v.name}
         taken |= set(model.graph.initializers)
@@ -20,8 +23,13 @@ def fresh_name(model: ir.Model, base: str) -> str:
             if isinstance(graph, ir.Graph):
                 taken |= set(graph.initializers)
             taken |= {v.name for n in graph for v in n.outputs if v.name}
-        model.meta["qgraph.names"] = taken
+        model.meta[_NAMES] = taken
     return numbered(base, taken)
+
+
+def forget_names(model: ir.Model) -> None:
+    """Let :func:`fresh_name` look again: there are names that it does not know."""
+    model.meta.pop(_NAMES, None)
 
 
 def numbered(name: str, taken: set[str]) -> str:
@@ -40,7 +48,7 @@ def unique_names(model: ir.Model) -> bool:
     The model's inputs and outputs keep theirs, an optional output that is absent stays absent.
     Returns whether anything was renamed.
     """
-    model.meta.pop("qgraph.names", None)
+    forget_names(model)
     signature = {*model.graph.inputs, *model.graph.outputs}
     value_names = _Names(v.name for v in signature)
     node_names = _Names(())

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.graph.ops import FLOATS, RECURRENT
+from qgraph.graph.ops import CLAMPS, FLOATS, RECURRENT
 from qgraph.graph.reading import attribute, constant, dims, is_op, node_name, nodes
 
 SiteKind = Literal["matmul", "gemm", "conv", "conv_transpose", "gather", "rnn", "activations"]
@@ -147,6 +147,16 @@ def only_user(value: ir.Value) -> ir.Node | None:
         return None
     user, producer = uses[0].node, value.producer()
     return user if producer is not None and user.graph is producer.graph else None
+
+
+def output_value(node: ir.Node) -> ir.Value:
+    """Where the node's result is quantized: behind an activation that integer clamps absorb."""
+    value = node.outputs[0]
+    while (user := only_user(value)) is not None and is_op(user, *CLAMPS):
+        if user.inputs[0] is not value:
+            break
+        value = user.outputs[0]
+    return value
 
 
 def bias_use(site: Site) -> tuple[ir.Node, int] | None:

@@ -36,8 +36,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """Read a model; weights in external data stay memory-mapped, so its size does not matter.
 
     Every opset loads; passes are written for opset 11 and newer. Operators of foreign domains,
-    functions and control-flow bodies are kept as they are. `model.meta` remembers the origin, see
-    :data:`SOURCE`, :data:`FOLDER`, :data:`DATA`.
+    functions and control-flow bodies are kept as they are. The model remembers where it came
+    from, see :func:`source_files`.
 
     Args:
         path: an ONNX file, or a folder with `genai_config.json` and the decoder it names, with a
@@ -147,6 +147,12 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, run_check: bool = Tru
             path.unlink(missing_ok=True)
 
 
+def source_files(model: ir.Model) -> list[Path]:
+    """The file that `model` was loaded from, then its external data; empty if it was not loaded."""
+    file: Path | None = model.meta.get(SOURCE)
+    return [] if file is None else [file, *model.meta[DATA]]
+
+
 def check_output(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Whether :func:`save` can write `model` to `path`, to be asked before long work.
 
@@ -168,8 +174,7 @@ def check_output(model: ir.Model, path: str | os.PathLike[str]) -> None:
     else:
         if out.is_dir():
             raise ModelError(f"{out} is a folder: give a file name, such as {out / 'model.onnx'}")
-        inputs = [p for p in (model.meta.get(SOURCE), *model.meta.get(DATA, ())) if p is not None]
-        if out.exists() and any(p.exists() and p.samefile(out) for p in inputs):
+        if out.exists() and any(p.exists() and p.samefile(out) for p in source_files(model)):
             raise ModelError(f"{out} belongs to the input model: give another name")
         if out.exists() and not _is_model(out):
             raise ModelError(f"{out} exists and is not a model: remove it or give another name")
@@ -239,7 +244,7 @@ def _free_data_name(file: Path) -> str:
 
 def _copy_companions(model: ir.Model, stage: Path) -> None:
     """Copy the input folder (tokenizer, configuration) without the model and hidden files."""
-    replaced = {model.meta[SOURCE], *model.meta[DATA]}
+    replaced = source_files(model)
 
     def ignored(folder: str, names: list[str]) -> list[str]:
         return [n for n in names if n.startswith(".") or Path(folder, n) in replaced]

@@ -226,3 +226,18 @@ WEIGHT = QuantSpec(ir.DataType.INT8, PerAxis(0), symmetric=True, observer="absma
 SMALL_INTEGERS = 21
 """Opset from which on DequantizeLinear takes blocks and 4-bit integers, and QuantizeLinear makes
 float8 without a zero point."""
+
+
+def describe(activation: QuantSpec | None, weight: QuantSpec) -> str:
+    """How a site is quantized, in words for a remark."""
+    data = "float activations" if activation is None else f"activations {words(activation)}"
+    return f"weights {words(weight)}, {data}"
+
+
+def words(spec: QuantSpec) -> str:
+    """A spec in words for a remark; axes are the site's own, which its name tells."""
+    granularity = "per-channel" if isinstance(spec.granularity, PerAxis) else str(spec.granularity)
+    if isinstance(spec.granularity, PerBlock):
+        granularity = f"in blocks of {spec.granularity.size}"
+    when = "dynamic " if spec.dynamic else ""
+    return f"{when}{spec.codebook or spec.dtype.name.lower()} {granularity}"

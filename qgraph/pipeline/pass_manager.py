@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from qgraph.errors import PipelineError, VerificationError
-from qgraph.graph.annotation import Stage, stages
+from qgraph.graph.annotation import Stage, stages_of
 from qgraph.numerics.spec import QuantSpec
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.verify import NumericProbe, check_structure
@@ -146,7 +146,7 @@ class PassManager:
             began = time.perf_counter()
             step_changed = step.run(model, context)
             self.timings.append(PassTiming(step.name, time.perf_counter() - began, step_changed))
-            held = stages(model)
+            held = stages_of(model)
             held -= step.invalidates
             held |= step.provides
             changed |= step_changed

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import ModelError
+from qgraph.graph.annotation import Stage, annotations_at, stages_of
 from qgraph.graph.reading import (
     MAIN_DOMAINS,
     MICROSOFT,
@@ -148,12 +149,9 @@ def _domain_is_imported(model: ir.Model, node: ir.Node) -> str | None:
 
 def _one_truth(model: ir.Model, node: ir.Node) -> str | None:
     """Once quantization is explicit, nothing else may speak of it: it would go stale unnoticed."""
-    if "committed" not in model.meta.get("qgraph.stages", ()):
+    if Stage.COMMITTED not in stages_of(model):
         return None
-    left = [key for key in ("qgraph.in",) if key in node.meta]
-    for value in (*node.inputs, *node.outputs):
-        if value is not None:
-            left += [key for key in ("qgraph.spec", "qgraph.stats") if key in value.meta]
+    left = annotations_at(node)
     return f"'{left[0]}' is left in its meta though the model is committed" if left else None
 
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from qgraph.errors import QGraphError
-from qgraph.graph.annotation import INTEGERS
+from qgraph.graph.annotation import integers_of
 from qgraph.graph.sites import CONVOLUTIONS, PRODUCTS, Site
 from qgraph.numerics.spec import PER_TOKEN, SMALL_INTEGERS, WEIGHT, Codebook, PerBlock, QuantSpec
 from qgraph.passes.adaround import AdaRound
@@ -333,5 +333,5 @@ def _tables(bits: int, group_size: int, symmetric: bool, observer: WeightRange) 
 
 def _brought(site: Site, codebook: bool = False) -> bool:
     """Whether the site's weight came as integers, or as codes."""
-    spec, _ = site.weight.meta.get(INTEGERS, (None, None))
-    return spec is not None and (not codebook or spec.codebook is not None)
+    found = integers_of(site.weight)
+    return found is not None and (not codebook or found[0].codebook is not None)

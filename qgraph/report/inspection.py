@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qgraph.graph.reading import constant, graphs, nodes
 from qgraph.graph.sites import sites
-from qgraph.io.models import DATA, SOURCE
+from qgraph.io.models import source_files
 from qgraph.report.page import human_size
 from qgraph.report.tables import row, table
 
@@ -28,8 +28,7 @@ def _parts(model: ir.Model) -> Iterator[RenderableType]:
     versions = ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in model.opset_imports.items())
     producer = f"{model.producer_name or 'unknown'} {model.producer_version or ''}".rstrip()
     yield Text(f"IR version {model.ir_version}, opsets {versions}, made by {producer}")
-    files = [path for path in (model.meta.get(SOURCE), *model.meta.get(DATA, ())) if path]
-    for path in files:
+    for path in source_files(model):
         yield Text(f"{path} ({human_size(path.stat().st_size)})")
     yield _interface(model)
     yield _weights(model)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qgraph.calibration.resume import kept_for
 from qgraph.calibration.walk import Walk
 from qgraph.errors import CalibrationError, ModelError
-from qgraph.graph.annotation import IN, annotated
+from qgraph.graph.annotation import annotated, annotated_weight_spec
 from qgraph.graph.cuts import Piece
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.ops import FLOATS
@@ -165,7 +165,9 @@ def _settled(
     sites: Sequence[Site], block: Block | str, context: Context, method: Method
 ) -> _Outcome:
     """The integers that are learned for the sites of a block, or those of rounding to nearest."""
-    nearest = [quantize_site(site, _spec(site), context.target.saturates) for site in sites]
+    nearest = [
+        quantize_site(site, annotated_weight_spec(site), context.target.saturates) for site in sites
+    ]
     if isinstance(block, str):
         return _Outcome(nearest, "declined", f"rounded to nearest: {block}")
     return _learned(sites, nearest, block, context, method)
@@ -226,7 +228,7 @@ def _learned(
     for site, weight in zip(sites, nearest, strict=True):
         w = array(site.weight)
         assert w is not None
-        weights.append(method.start(w, weight, _spec(site)))
+        weights.append(method.start(w, weight, annotated_weight_spec(site)))
         release(site.weight)
     plain = block.error(nearest)
     if plain:
@@ -238,8 +240,3 @@ def _learned(
         return _Outcome(learned, "applied", "rounding learned", numbers)
     why = "that serves the calibration data as well"
     return _Outcome(nearest, "declined", f"rounded to nearest: {why}", numbers)
-
-
-def _spec(site: Site) -> QuantSpec:
-    spec: QuantSpec = site.node.meta[IN][site.w_index]
-    return spec

@@ -30,13 +30,8 @@ from qgraph.torch.ops.control import branch, loop, scan
 from qgraph.torch.ops.types import torch_dtype
 from qgraph.torch.parameters import Parameters
 
-NODE = "qgraph.node"
-"""Where an fx node remembers the name of the ONNX node it stands for, in `meta`."""
-VALUE = "qgraph.value"
-"""Where an fx node remembers the name of the ONNX value it holds, in `meta`."""
-WEIGHTS = "qgraph.weights"
-"""In `meta` of the module: for each parameter and buffer the name of the constant it came from, and
-whether it is held transposed."""
+NODE, VALUE, WEIGHTS = "qgraph.node", "qgraph.value", "qgraph.weights"
+"""Keys in `meta` of fx nodes and modules, for the functions below alone."""
 
 
 def raise_model(model: ir.Model) -> fx.GraphModule:
@@ -81,6 +76,35 @@ def _inlined(model: ir.Model) -> ir.Model:
     return copy
 
 
+def onnx_node(node: fx.Node) -> str | None:
+    """The name of the ONNX node that an fx node stands for; None if it stands for none."""
+    name: str | None = node.meta.get(NODE)
+    return name
+
+
+def set_onnx_node(node: fx.Node, name: str) -> None:
+    """Make an fx node stand for the ONNX node of this name."""
+    node.meta[NODE] = name
+
+
+def onnx_value(node: fx.Node) -> str | None:
+    """The name of the ONNX value that an fx node holds; None if it holds none with a name."""
+    name: str | None = node.meta.get(VALUE)
+    return name
+
+
+def set_onnx_value(node: fx.Node, value: ir.Value) -> None:
+    """Make an fx node hold this ONNX value."""
+    node.meta[VALUE] = value.name
+
+
+def weight_names(module: fx.GraphModule) -> dict[str, tuple[str, bool]]:
+    """For each parameter and buffer of a raised module the name of the constant that it came from,
+    and whether it is held transposed."""
+    names: dict[str, tuple[str, bool]] = module.meta[WEIGHTS]
+    return names
+
+
 def write_back(module: fx.GraphModule, model: ir.Model) -> None:
     """Give `model` the values that the parameters of `module`, raised from it, have now.
 
@@ -89,7 +113,7 @@ def write_back(module: fx.GraphModule, model: ir.Model) -> None:
     """
     constants = {str(v.name): v for graph in model.graphs() for v in _constants(graph)}
     for part in module.modules():
-        weights = part.meta[WEIGHTS] if isinstance(part, fx.GraphModule) else {}
+        weights = weight_names(part) if isinstance(part, fx.GraphModule) else {}
         for path, (name, turned) in weights.items():
             data = operator.attrgetter(path)(part)
             if not isinstance(data, nn.Parameter):
@@ -172,7 +196,7 @@ class _Translation:
         else:
             with self.graph.inserting_before(first):
                 node = self.graph.placeholder(self._name(value))
-        node.meta[VALUE] = value.name
+        set_onnx_value(node, value)
         return node
 
     def _name(self, value: ir.Value) -> str:
@@ -188,7 +212,7 @@ class _Translation:
         _, turned = self.parameters.origins[path]
         if turned:
             node = self.graph.call_function(torch.t, (node,))
-        node.meta[VALUE] = value.name
+        set_onnx_value(node, value)
         return node
 
     # --------------------------------------------------------------------------------- nodes
@@ -204,7 +228,7 @@ class _Translation:
             call, several = self._control(node), True
         else:
             call, several = self._call(node)
-        call.meta[NODE] = node_name(node)
+        set_onnx_node(call, node_name(node))
         # torch traces a pickled module anew, which must stay outside of our functions; of its own
         # functions, it finds none by the name that it would look for.
         call.meta["is_wrapped"] = str(getattr(call.target, "__module__", "")).startswith("qgraph")
@@ -219,7 +243,7 @@ class _Translation:
                 self._hold(output, item)
 
     def _hold(self, value: ir.Value, node: fx.Node) -> None:
-        node.meta[VALUE] = value.name
+        set_onnx_value(node, value)
         self.nodes[value] = node
 
     def _call(self, node: ir.Node) -> tuple[fx.Node, bool]:

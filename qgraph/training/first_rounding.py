@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from qgraph.backends.onnx import OnnxTarget
-from qgraph.graph.annotation import IN, INTEGERS, annotated
+from qgraph.graph.annotation import annotated, integers_of, set_use_specs
 from qgraph.graph.reading import node_name
 from qgraph.graph.sites import site_of
 from qgraph.io.feeds import Feed
@@ -25,11 +25,12 @@ def adarounded(
     for node, specs in list(annotated(model)):
         site = site_of(node)
         if site is not None:  # what scales of data do is left to training
-            node.meta[IN] = {site.w_index: specs[site.w_index]} if site.w_index in specs else {}
+            set_use_specs(node, {i: spec for i, spec in specs.items() if i == site.w_index})
     AdaRound(steps).run(model, Context(OnnxTarget(), feeds, progress=progress))
-    sites = ((node, site_of(node)) for node, _ in annotated(model))
-    return {
-        node_name(node): site.weight.meta[INTEGERS][1]
-        for node, site in sites
-        if site is not None and INTEGERS in site.weight.meta
-    }
+    rounded: dict[str, Quantized] = {}
+    for node, _ in annotated(model):
+        site = site_of(node)
+        found = integers_of(site.weight) if site is not None else None
+        if found is not None:
+            _, rounded[node_name(node)] = found
+    return rounded

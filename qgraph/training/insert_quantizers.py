@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import attrgetter, getitem
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from qgraph.graph.annotation import IN, SPEC, annotated, static_spec
+from qgraph.graph.annotation import annotated, is_annotated, spec_of, static_spec, static_uses
 from qgraph.graph.ops import MOVES, lowest_value
 from qgraph.graph.reading import constant, is_op, node_name, release
 from qgraph.graph.sites import Site, site_of
 from qgraph.numerics.spec import QuantSpec
 from qgraph.numerics.tokens import token_grid
-from qgraph.torch.to_module import NODE, VALUE, raise_model
+from qgraph.torch.to_module import onnx_node, onnx_value, raise_model, set_onnx_node, set_onnx_value
 from qgraph.training.quantizers import DataQuantizer, Phase, TokenQuantizer, WeightQuantizer
 from qgraph.weights.site_weight import constant_bias
 
@@ -28,8 +28,8 @@ class InsertQuantizers:
         self.each = max(1, 8192 // batches)
         self.raised = raise_model(model)
         self.graph = self.raised.graph
-        self.calls = {n.meta[NODE]: n for n in self.graph.nodes if NODE in n.meta}
-        self.held = {n.meta[VALUE]: n for n in self.graph.nodes if VALUE in n.meta}
+        self.calls = {name: n for n in self.graph.nodes if (name := onnx_node(n)) is not None}
+        self.held = {name: n for n in self.graph.nodes if (name := onnx_value(n)) is not None}
         self.data: dict[ir.Value, DataQuantizer] = {}
         self.runtime: dict[tuple[ir.Value, QuantSpec], fx.Node] = {}
 
@@ -68,7 +68,7 @@ class InsertQuantizers:
         """The quantizer of a value: what only moves data has that of its source."""
         spec, producer = static_spec(value), value.producer()
         assert spec is not None
-        if producer is not None and is_op(producer, *MOVES) and IN in producer.meta:
+        if producer is not None and is_op(producer, *MOVES) and is_annotated(producer):
             source = producer.inputs[0]
             if source is not None and static_spec(source) == spec:
                 return self._quantizer(source)
@@ -78,7 +78,7 @@ class InsertQuantizers:
         return self.data[value]
 
     def _static(self, value: ir.Value) -> None:
-        spec, shared = static_spec(value), SPEC in value.meta
+        spec, shared = static_spec(value), spec_of(value) is not None
         assert spec is not None
         quantizer = self._quantizer(value)
         path = next(p for p, m in self.raised.named_modules() if m is quantizer)
@@ -87,11 +87,9 @@ class InsertQuantizers:
         while behind.op in ("placeholder", "get_attr"):
             behind = behind.next
         new = self._call(behind, path, (x,))
-        new.meta[VALUE] = value.name
-        for use in value.uses():
-            wanted = use.node.meta.get(IN, {}).get(use.idx)
-            if (shared or wanted is not None) and not (wanted or spec).dynamic:
-                self.calls[node_name(use.node)].update_arg(use.idx, new)
+        set_onnx_value(new, value)
+        for node, index in static_uses(value):
+            self.calls[node_name(node)].update_arg(index, new)
         if shared and value.is_graph_output():
             output = next(n for n in self.graph.nodes if n.op == "output")
             output.replace_input_with(x, new)
@@ -105,7 +103,10 @@ class InsertQuantizers:
         call.update_arg(index, self.runtime[key])
 
     def _weight(
-        self, site: Site, specs: dict[int, QuantSpec], shared: dict[tuple[ir.Value, QuantSpec], str]
+        self,
+        site: Site,
+        specs: Mapping[int, QuantSpec],
+        shared: dict[tuple[ir.Value, QuantSpec], str],
     ) -> None:
         spec, data = specs[site.w_index], specs.get(site.x_index)
         static = data is not None and not data.dynamic
@@ -137,7 +138,7 @@ class InsertQuantizers:
                 parts = [self.graph.call_function(getitem, (new, i)) for i in (0, 1)]
             call.update_arg(site.w_index, parts[0])
             call.update_arg(site.bias_index, parts[1])
-        new.meta[NODE] = site.name
+        set_onnx_node(new, site.name)
         release(site.weight)
 
 
@@ -166,7 +167,7 @@ def quantized_weights(
         quantizer = raised.get_submodule(node.target)
         if isinstance(quantizer, WeightQuantizer):
             held = [_held(raised, argument) for argument in node.args]
-            yield node.meta[NODE], quantizer, held[0], held[1] if len(held) > 1 else None
+            yield str(onnx_node(node)), quantizer, held[0], held[1] if len(held) > 1 else None
 
 
 def _held(module: nn.Module, node: fx.Node) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from qgraph.numerics.groups import layout
 from qgraph.numerics.spec import PerAxis
 from qgraph.torch.fake_quant import spread
-from qgraph.torch.to_module import NODE
+from qgraph.torch.to_module import onnx_node
 from qgraph.training.quantizers import WeightQuantizer
 
 
@@ -44,7 +44,7 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        name = n.meta.get(NODE)
+        name = onnx_node(n)
         if n.op == "call_function" and name in self.nodes:
             self.outputs[name] = result
         return result
@@ -78,7 +78,7 @@ class MatchChannels(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        name = n.meta.get(NODE)
+        name = onnx_node(n)
         if n.op != "call_function" or name not in self.wanted:
             return result
         quantizer, weight, bias = self.layers[name]
@@ -102,7 +102,7 @@ def layers(module: fx.GraphModule) -> dict[str, tuple[WeightQuantizer, Tensor, T
         if weight is None or bias is None or not isinstance(kind, PerAxis):
             continue
         if quantizer.start.numel() == bias.numel() == quantizer.outputs:
-            found[node.meta[NODE]] = quantizer, weight, bias
+            found[str(onnx_node(node))] = quantizer, weight, bias
     return found
 
 

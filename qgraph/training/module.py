@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qgraph.errors import QGraphError
-from qgraph.graph.annotation import IN, STAGES_KEY, annotated, stages
+from qgraph.graph.annotation import copied
 from qgraph.io.feeds import open_calibration
 from qgraph.pipeline.pass_manager import Pass
 from qgraph.pipeline.progress import Progress, silent
@@ -109,7 +109,7 @@ class QuantizedModule(FakeQuantizedModule):
         """
         if not self.frozen:
             raise QGraphError("scales are not chosen yet: calibrate before learn_rounding")
-        model = _copied(self.origin.model)
+        model = copied(self.origin.model)
         write_back(self.model, model)
         feeds = list(open_calibration(batches, self.source, samples))
         learned = adarounded(model, feeds, steps, progress)
@@ -216,7 +216,7 @@ class QuantizedModule(FakeQuantizedModule):
         """
         if not self.frozen:
             self.freeze()
-        model = _copied(self.origin.model)
+        model = copied(self.origin.model)
         annotate(model, self.model)
         return model
 
@@ -235,14 +235,3 @@ class QuantizedModule(FakeQuantizedModule):
                 normalization or a constant factor, or `module` is another one. Nothing is written.
         """
         return copy_weights(self.model, self.origin.model, module)
-
-
-def _copied(model: ir.Model) -> ir.Model:
-    """A copy with annotations of its own."""
-    copy = model.clone()
-    copy.meta.update(model.meta)
-    copy.meta[STAGES_KEY] = set(stages(model))
-    copy.meta.pop("qgraph.names", None)
-    for node, specs in annotated(copy):
-        node.meta[IN] = dict(specs)
-    return copy

@@ -6,9 +6,9 @@ import onnx_ir as ir
 
 from qgraph.backends.onnx import OnnxTarget
 from qgraph.errors import ModelError, QGraphError
-from qgraph.graph.annotation import STAGES_KEY, Stage, annotated, retract, stages
+from qgraph.graph.annotation import Stage, annotated, copied, retract, set_use_spec
 from qgraph.graph.sites import Site, nested, site_of
-from qgraph.numerics.spec import FLOAT8, QuantSpec
+from qgraph.numerics.spec import FLOAT8
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import PassManager
 from qgraph.recipes.recipe import Recipe
@@ -31,10 +31,7 @@ def prepare(
     if True not in names or recipe.calibrates:
         raise QGraphError(f"recipe '{recipe.name}' is not for training: use 'qat'")
     split = names.index(True)
-    model = source.clone()
-    model.meta.update(source.meta)
-    model.meta[STAGES_KEY] = set(stages(source))
-    model.meta.pop("qgraph.names", None)
+    model = copied(source)
     # The result may meet any target: what is fast there must not decide what is trained here.
     context = Context(target=OnnxTarget(), seed=seed)
     PassManager(recipe.passes[:split]).run(model, context)
@@ -51,7 +48,7 @@ def _leave_out(model: ir.Model, context: Context) -> None:
         site = site_of(node)
         if site is None:
             continue
-        spec: QuantSpec = specs[site.w_index]
+        spec = specs[site.w_index]
         why = None
         if nested(model, node):
             why = "kept float: weights in bodies of control flow are not trained"
@@ -63,7 +60,7 @@ def _leave_out(model: ir.Model, context: Context) -> None:
             retract(site)
             context.remark("float", PASS, site.name, node.op_type, why)
         elif spec.width == 8 and site.x_index in specs and not _depthwise(site):
-            specs[site.w_index] = spec.with_(bits=7)
+            set_use_spec(node, site.w_index, spec.with_(bits=7))
             why = "trained with 7 bits, so that no CPU's u8·s8 products overflow int16"
             context.remark("note", PASS, site.name, node.op_type, why)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from qgraph.errors import ModelError
-from qgraph.graph.annotation import SCALE
+from qgraph.graph.annotation import set_trained_scale
 from qgraph.graph.reading import array, node_name
 from qgraph.graph.sites import site_of
-from qgraph.torch.to_module import VALUE, WEIGHTS, write_back
+from qgraph.torch.to_module import onnx_value, weight_names, write_back
 from qgraph.training.insert_quantizers import quantized_weights, values
 from qgraph.training.quantizers import DataQuantizer
 from qgraph.weights.site_weight import replace_weight
@@ -40,7 +40,7 @@ def annotate(model: ir.Model, raised: fx.GraphModule) -> None:
             module = raised.get_submodule(node.target)
             if isinstance(module, DataQuantizer):
                 scale, zero = (a.cpu().numpy() for a in (module.scale, module.zero))
-                named[node.meta[VALUE]].meta[SCALE] = (scale, zero)
+                set_trained_scale(named[str(onnx_value(node))], scale, zero)
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def copy_weights(raised: fx.GraphModule, model: ir.Model, module: nn.Module) -> 
     """
     parameters = dict(module.named_parameters())
     trained: dict[str, Tensor] = {}
-    for path, (name, turned) in raised.meta[WEIGHTS].items():
+    for path, (name, turned) in weight_names(raised).items():
         weight, before = attrgetter(path)(raised), _constant(model, name)
         if before is None or not isinstance(weight, nn.Parameter):
             continue

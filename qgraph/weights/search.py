@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.annotation import IN
+from qgraph.graph.annotation import annotated_weight_spec, data_spec, weight_spec
 from qgraph.graph.reading import array, release
 from qgraph.graph.sites import Site, reduction_rows
 from qgraph.numerics.blocks import Scales, block_size, integers
@@ -39,12 +39,12 @@ def fixed_scales(weight: QuantSpec, data: QuantSpec | None) -> str | None:
 
 def unsearchable(site: Site) -> str | None:
     """Why a pass cannot choose the scales of the site's weight; None if it can."""
-    specs: dict[int, QuantSpec] = site.node.meta.get(IN, {})
-    if site.w_index not in specs:
+    weight = weight_spec(site)
+    if weight is None:
         return "its weight stays float"
     if len(site.weight.uses()) > 1:
         return "others read its weight too, and need it as it is"
-    return fixed_scales(specs[site.w_index], specs.get(site.x_index))
+    return fixed_scales(weight, data_spec(site))
 
 
 def unroundable(site: Site, specs: Mapping[int, QuantSpec], context: Context) -> str | None:
@@ -79,7 +79,7 @@ def some_columns(w: Float, count: int, seed: int) -> Float:
 
 def rounded_site(site: Site, search: Callable[[Float, QuantSpec], Scales]) -> Quantized:
     """The site's weight, rounded with the scales that `search` finds for some of its columns."""
-    spec: QuantSpec = site.node.meta[IN][site.w_index]
+    spec = annotated_weight_spec(site)
     w = columns(site)
     q = np.empty(w.shape, NUMPY[spec.dtype])
     scale = np.empty((-(-len(w) // block_size(spec, len(w))), w.shape[1]), np.float32)

@@ -9,7 +9,17 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import PipelineError
-from qgraph.graph.annotation import IN, INTEGERS, SCALE, STATS, static_spec
+from qgraph.graph.annotation import (
+    annotated_weight_spec,
+    calibrated_stats,
+    data_spec,
+    integers_of,
+    is_annotated,
+    set_integers,
+    static_spec,
+    stats_of,
+    trained_scale,
+)
 from qgraph.graph.editing import add_constant
 from qgraph.graph.ops import MOVES
 from qgraph.graph.reading import array, attribute, constant, dims, is_op
@@ -41,7 +51,7 @@ def replace_weight(model: ir.Model, site: Site, integers: Quantized, word: str) 
     Args:
         word: what was done to the weight, part of its new name.
     """
-    tensor, spec = constant(site.weight), site.node.meta[IN][site.w_index]
+    tensor, spec = constant(site.weight), annotated_weight_spec(site)
     assert tensor is not None
     values = ir.LazyTensor(
         partial(_values, integers, tensor.dtype),
@@ -50,7 +60,7 @@ def replace_weight(model: ir.Model, site: Site, integers: Quantized, word: str) 
         cache=False,
     )
     new = add_constant(model, f"{site.weight.name}_{word}", values)
-    new.meta[INTEGERS] = (spec, integers)
+    set_integers(new, spec, integers)
     site.node.replace_input_with(site.w_index, new)
 
 
@@ -66,13 +76,13 @@ def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         PipelineError: the value has no statistics, or its integers are none of 8 bits.
     """
-    spec, stats, producer = static_spec(value), value.meta.get(STATS), value.producer()
+    spec, stats, producer = static_spec(value), stats_of(value), value.producer()
     assert spec is not None
-    if producer is not None and is_op(producer, *MOVES) and IN in producer.meta:
+    if producer is not None and is_op(producer, *MOVES) and is_annotated(producer):
         source = producer.inputs[0]
         if source is not None and static_spec(source) == spec:
             return activation_scale(source)
-    trained: tuple[np.ndarray, np.ndarray] | None = value.meta.get(SCALE)
+    trained = trained_scale(value)
     if trained is not None:
         return trained
     if stats is None or not stats.count:
@@ -108,10 +118,9 @@ def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
     Raises:
         PipelineError: the spec cannot be written, or the data is not calibrated.
     """
-    wanted, trained = site.weight.meta.get(INTEGERS, (None, None))
-    given: QuantSpec | None = site.node.meta.get(IN, {}).get(site.x_index)
-    if wanted == spec and isinstance(trained, Quantized):
-        return _for_kernel(trained, given)
+    rounded, given = integers_of(site.weight), data_spec(site)
+    if rounded is not None and rounded[0] == spec:
+        return _for_kernel(rounded[1], given)
     w = array(site.weight)
     assert w is not None
     kinds = (PerTensor, PerAxis, *((PerBlock,) if w.ndim == 2 else ()))
@@ -143,7 +152,7 @@ def _for_kernel(weight: Quantized, data: QuantSpec | None) -> Quantized:
 
 def _largest_pairs(site: Site, scale: np.ndarray, zero: np.ndarray) -> int | np.ndarray:
     """The largest integer that either activation of each pair takes in calibration: (K // 2, 1)."""
-    stats, spec = site.x.meta[STATS], static_spec(site.x)
+    stats, spec = calibrated_stats(site.x), static_spec(site.x)
     assert spec is not None
     tops = stats.channel_high if stats.channel_high is not None else np.asarray(stats.high)
     largest = quantize(tops.astype(np.float32), scale, zero, spec.qmin, spec.qmax)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import qgraph
 from qgraph.calibration import collect
 from qgraph.errors import CalibrationError, ModelError, PipelineError, QGraphError
-from qgraph.graph.annotation import Stage, stages
+from qgraph.graph.annotation import Stage, stages_of
 from qgraph.graph.text.printer import to_text
 from qgraph.io.feeds import Feed
 from qgraph.io.session import open_session
@@ -158,13 +158,13 @@ def test_a_second_compilation_takes_the_statistics_from_the_cache(
 def test_the_model_given_is_left_as_it_is(recipe: str, make: Callable[[], ir.Model]) -> None:
     model = make()
     PassManager([Canonicalize()]).run(model, Context(ONNX))
-    before, held = to_text(model, weights=True), set(stages(model))
+    before, held = to_text(model, weights=True), set(stages_of(model))
     texts = []
     for _ in range(2):
         compiled = qgraph.compile(model, recipe, feeds(model), ONNX, seed=7)
         texts.append(to_text(compiled.model, weights=True))
     assert to_text(model, weights=True) == before
-    assert stages(model) == held
+    assert stages_of(model) == held
     assert texts[0] == texts[1]
     for node in model.graph.all_nodes():
         assert not node.meta

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 from benchmarks import zoo
-from qgraph.graph.annotation import Stage, stages
+from qgraph.graph.annotation import Stage, stages_of
 from qgraph.graph.reading import graphs, nodes
 from qgraph.graph.sites import site_of, sites
 from qgraph.graph.text.printer import to_text
@@ -104,7 +104,7 @@ graph f {
 }
 """
     )
-    assert Stage.CANONICAL in stages(model)
+    assert Stage.CANONICAL in stages_of(model)
 
 
 def test_a_canonical_model_stays_as_it_is() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 
 from qgraph.errors import PipelineError, QGraphError
-from qgraph.graph.annotation import IN, SPEC, STATS, Stage, stages
+from qgraph.graph.annotation import IN, SPEC, STATS, Stage, stages_of
 from qgraph.graph.functions import QUANTIZE_PER_TOKEN
 from qgraph.graph.reading import array, attribute, is_op, nodes
 from qgraph.numerics.noise import sqnr_db
@@ -140,8 +140,8 @@ def test_nothing_of_the_annotation_is_left() -> None:
     values = [*model.graph.inputs, *(v for n in nodes(model) for v in n.outputs)]
     assert not any(key in v.meta for v in values for key in (SPEC, STATS))
     assert not any(IN in n.meta for n in nodes(model))
-    assert Stage.COMMITTED in stages(model)
-    assert not stages(model) & {Stage.ANNOTATED, Stage.CALIBRATED}
+    assert Stage.COMMITTED in stages_of(model)
+    assert not stages_of(model) & {Stage.ANNOTATED, Stage.CALIBRATED}
 
 
 def test_the_integers_are_those_of_the_reference() -> None:
@@ -737,7 +737,7 @@ def test_data_that_comes_from_a_default(scheme: Scheme) -> None:
 def test_static_data_that_is_constant_is_left_float() -> None:
     text = "g (float[2,4] x) => (y) { y = MatMul (k, w) }"
     model = build(text, weight("w", 4, 4), weight("k", 4, 4))
-    stages(model).add(Stage.CANONICAL)  # canonicalize would compute it
+    stages_of(model).add(Stage.CANONICAL)  # canonicalize would compute it
     context = apply(model, (Annotate("static"), *static()[2:]))
     assert context.remarks.verdicts()["y"].kind == "float"
     assert ops(model) == ["MatMul"]

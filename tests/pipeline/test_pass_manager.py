@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from qgraph.errors import PipelineError, VerificationError
-from qgraph.graph.annotation import Stage, stages
+from qgraph.graph.annotation import Stage, stages_of
 from qgraph.graph.editing import add_constant, insert, redirect
 from qgraph.graph.names import fresh_name
 from qgraph.pipeline.context import Context
@@ -124,9 +124,9 @@ def test_stages_given_from_outside_count() -> None:
 def test_the_model_remembers_its_stages() -> None:
     model = mlp()
     PassManager([editing(nothing, provides=CANONICAL | ANNOTATED)]).run(model, context())
-    assert stages(model) == {Stage.CANONICAL, Stage.ANNOTATED}
+    assert stages_of(model) == {Stage.CANONICAL, Stage.ANNOTATED}
     PassManager([editing(nothing, invalidates=ANNOTATED)]).run(model, context())
-    assert stages(model) == {Stage.CANONICAL}
+    assert stages_of(model) == {Stage.CANONICAL}
 
 
 def test_hooks_run_around_each_pass() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.graph.annotation import STATS
+from qgraph.graph.annotation import forget_stats
 from qgraph.graph.editing import add_constant
 from qgraph.graph.flow.channels import Channels, Part
 from qgraph.graph.flow.steps import ways
@@ -100,7 +100,7 @@ def divide(model: ir.Model, found: Absorption, factors: NDArray[np.float32]) -> 
         factors: float32 (K,), finite and > 0, the same for channels that are tied.
     """
     for divided in found.values:
-        divided.meta.pop(STATS, None)
+        forget_stats(divided)
     for edit in found.edits:
         value = edit.node.inputs[edit.index]
         tensor = constant(value)

@@ -8,19 +8,18 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.annotation import STATS
+from qgraph.graph.annotation import stats_of
 from qgraph.graph.editing import add_constant
 from qgraph.graph.reading import array, constant, is_op, release, unmap
 from qgraph.graph.sites import Site
 from qgraph.numerics.reference import along
-from qgraph.numerics.stats import Stats
 
 
 def unscalable(x: ir.Value, readers: Sequence[Site]) -> str | None:
     """Why the weights that read `x` cannot take factors for its channels; None if they can, by
     :func:`scale_inputs`."""
-    stats: Stats = x.meta.get(STATS, Stats())
-    if stats.channel_peak is None:
+    stats = stats_of(x)
+    if stats is None or stats.channel_peak is None:
         return "its channels were not calibrated: set channel_ranges=true in insert-observers"
     tensors = [constant(site.weight) for site in readers]
     if any(t is None or t.dtype != ir.DataType.FLOAT for t in tensors):

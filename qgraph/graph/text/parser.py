@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import ModelError, QGraphError
+from qgraph.graph.annotation import set_spec, set_use_specs
 from qgraph.graph.text.tensors import tensor_from, tensor_from_bytes
 from qgraph.graph.text.tokens import Cursor
 from qgraph.numerics.spec import QuantSpec
@@ -149,7 +150,7 @@ class _Parser(Cursor):
         if self.accept(":"):
             value.type, value.shape = self._type()
         if self.kind == "spec":
-            value.meta["qgraph.spec"] = self._spec()
+            set_spec(value, self._spec())
         value.metadata_props.update(self._metadata())
         return value
 
@@ -186,7 +187,7 @@ class _Parser(Cursor):
             metadata_props=metadata,
         )
         if overrides := {i: spec for i, (_, spec) in enumerate(operands) if spec is not None}:
-            node.meta["qgraph.in"] = overrides
+            set_use_specs(node, overrides)
         return node
 
     def _operand(self) -> tuple[ir.Value | None, QuantSpec | None]:

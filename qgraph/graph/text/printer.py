@@ -13,12 +13,12 @@
     }
 
 Values begin with `%`, `_` is an omitted input or output, `@` gives a node's name where it is not
-that of its first output. `<...>` is a `QuantSpec`: behind a value `meta["qgraph.spec"]`, behind an
-operand the `node.meta["qgraph.in"]` of that use. Types are `f32[2, batch, ?]`, `f32[*]` (rank
+that of its first output. `<...>` is a `QuantSpec`: behind a value its own, behind an operand that
+of this use, see :mod:`qgraph.graph.annotation`. Types are `f32[2, batch, ?]`, `f32[*]` (rank
 unknown), `seq(...)`, `optional(...)`, `sparse(...)`. A tensor is its type and its elements in
 `{...}`: the elements themselves up to eight, above that a content hash, or base64 in the complete
 form. Names with unusual characters are quoted: `%"two words"`. Comments run from `//` to the end of
-the line; statistics (`meta["qgraph.stats"]`) are only that.
+the line; statistics are only that.
 
 :func:`qgraph.graph.text.parser.from_text` reads it back. Documentation strings of graphs, nodes and
 values are left out, as are denotations.
@@ -35,6 +35,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import ModelError
+from qgraph.graph.annotation import spec_of, stats_of, use_specs
 from qgraph.graph.provenance import layer
 from qgraph.graph.text.parser import FIELDS, from_text
 from qgraph.graph.text.tensors import content_hash, elements_of, strings_of, tensor_from
@@ -102,7 +103,7 @@ class _Printer:
             yield f"output {self._typed(value)}"
 
     def _node(self, node: ir.Node) -> Iterator[str]:
-        overrides = node.meta.get("qgraph.in", {})
+        overrides = use_specs(node)
         operands = [_reference(v) + _spec(overrides.get(i)) for i, v in enumerate(node.inputs)]
         head = ", ".join(self._typed(value) for value in node.outputs)
         head += f" = {_operator(node.domain, node.op_type, node.overload)}({', '.join(operands)})"
@@ -175,11 +176,11 @@ class _Printer:
 
     def _typed(self, value: ir.Value) -> str:
         kind = _type(value.type, value.shape)
-        marks = _spec(value.meta.get("qgraph.spec")) + self._metadata(value.metadata_props)
+        marks = _spec(spec_of(value)) + self._metadata(value.metadata_props)
         return _reference(value) + (f": {kind}" if kind else "") + marks
 
     def _marked(self, value: ir.Value) -> str:
-        marks = _spec(value.meta.get("qgraph.spec")) + self._metadata(value.metadata_props)
+        marks = _spec(spec_of(value)) + self._metadata(value.metadata_props)
         return _reference(value) + marks
 
     def _metadata(self, props: Mapping[str, str]) -> str:
@@ -241,7 +242,7 @@ def _spec(spec: object) -> str:
 
 
 def _stats(value: ir.Value) -> str:
-    stats = value.meta.get("qgraph.stats")
+    stats = stats_of(value)
     return "" if stats is None else " ".join(str(stats).split())
 
 
