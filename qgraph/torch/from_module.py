@@ -8,22 +8,25 @@ outputs by the structure it returns), and errors that name the layer.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import ModelError
 from qgraph.graph.names import numbered
 from qgraph.graph.provenance import layer
 from qgraph.graph.reading import graphs, nodes
+from qgraph.torch.caches import add_past, past_names, replaced_forward, with_past, without_caches
+from qgraph.torch.experts import expert_by_expert
+from qgraph.torch.failures import axes_not_free, explain
+from qgraph.torch.signature import all_shapes, bind, values_by_name, with_names
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -39,10 +42,16 @@ def trace(
     module: torch.nn.Module,
     example_inputs: torch.Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any],
     dynamic_shapes: Any = None,
+    *,
+    cache: bool = False,
 ) -> ir.Model:
     """Capture what `module` computes in eval mode.
 
     Weights are shared with the module, not copied: do not train it while the model is in use.
+
+    A mixture of experts of transformers is captured expert by expert: each works on the tokens that
+    chose it. Caches of keys and values that a language model returns are left out, with a warning,
+    or become inputs and outputs.
 
     Args:
         module: left as it was, training mode included.
@@ -51,6 +60,9 @@ def trace(
         dynamic_shapes: which axes may change, by argument name (or a tuple in their order):
             `{"x": {0: "batch"}}`, with a name or a `torch.export.Dim` for each axis, or a list of
             axes, `{"x": [0, 2]}`. Arguments that are not named keep the shape of the example.
+        cache: give a causal language model of transformers inputs `past_key_values.0.key`, ... and
+            outputs `present.0.key`, ... of shape (batch, heads, tokens, head size), any number of
+            tokens. An `attention_mask` then covers past and new tokens; the example's the new ones.
 
     Returns:
         a model whose nodes are named by module path, "encoder.layer.0.query/MatMul", whose inputs
@@ -66,79 +78,44 @@ def trace(
     except ImportError:
         raise ModelError('tracing needs torch: pip install "qgraph-compiler[torch]"') from None
 
-    arguments = _bind(module, example_inputs)
-    shapes = _all_shapes(arguments.arguments, dynamic_shapes, _is_variadic(module))
-    with _evaluating(module), _quiet(), torch.no_grad():
+    arguments = bind(module, example_inputs)
+    values = values_by_name(arguments)
+    shapes = all_shapes(arguments, values, dynamic_shapes)
+    left_out: list[str] = []
+    with _evaluating(module), _quiet(), torch.no_grad(), expert_by_expert(module):
         try:
-            program = torch.onnx.export(
-                module,
-                (*arguments.args, dict(arguments.kwargs)),  # a last dict is taken for the kwargs
-                dynamo=True,
-                dynamic_shapes=shapes,
-                opset_version=OPSET,
-                verbose=False,
+            if cache:
+                values, shapes = add_past(module, values, shapes)
+            forward = (
+                with_past(module.forward) if cache else without_caches(module.forward, left_out)
             )
+            with replaced_forward(module, with_names(forward, arguments, [*values])):
+                program = torch.onnx.export(
+                    module,
+                    (*values.values(), {}),  # a last dict is taken for the kwargs
+                    dynamo=True,
+                    dynamic_shapes=shapes,
+                    opset_version=OPSET,
+                    verbose=False,
+                )
+        except ModelError:
+            raise
         except Exception as error:
-            raise ModelError(_explain(error, module)) from error
+            raise ModelError(explain(error, module)) from error
+    if left_out:
+        warnings.warn(
+            f"the {left_out[0]} that {type(module).__name__} returns is left out: "
+            "trace(..., cache=True) makes it inputs and outputs",
+            stacklevel=2,
+        )
     assert program is not None
     model: ir.Model = program.model
     _drop_metadata(model)
     _name_values(model, program.exported_program)
     _name_nodes(model)
+    if fixed := next(axes_not_free(model, shapes), None):
+        raise ModelError(f"cannot trace module {type(module).__name__} {fixed}")
     return model
-
-
-# ---------------------------------------------------------------------------- before the capture
-
-
-def _bind(module: torch.nn.Module, example_inputs: Any) -> inspect.BoundArguments:
-    """The example as arguments of `forward`, in the order of its signature."""
-    import torch
-
-    def tensor(value: Any) -> Any:
-        return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-
-    signature = inspect.signature(module.forward)
-    try:
-        if isinstance(example_inputs, Mapping):
-            return signature.bind(**{key: tensor(value) for key, value in example_inputs.items()})
-        if not isinstance(example_inputs, tuple | list):
-            example_inputs = (example_inputs,)
-        return signature.bind(*map(tensor, example_inputs))
-    except TypeError as error:
-        raise ModelError(
-            f"example_inputs do not fit {type(module).__name__}.forward{signature}: {error}"
-        ) from None
-
-
-def _is_variadic(module: torch.nn.Module) -> bool:
-    kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
-    return bool(kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD})
-
-
-def _all_shapes(arguments: Mapping[str, Any], shapes: Any, variadic: bool) -> Any:
-    """`dynamic_shapes` with an entry for every argument, as torch.export wants it."""
-    if shapes is None or variadic:
-        return shapes
-    if not isinstance(shapes, Mapping):
-        if len(shapes) > len(arguments):
-            raise ModelError(
-                f"dynamic_shapes has {len(shapes)} entries for {len(arguments)} inputs: "
-                "give one for each input, or a dict by input name"
-            )
-        shapes = dict(zip(arguments, shapes, strict=False))
-    if unknown := sorted(set(shapes) - set(arguments)):
-        raise ModelError(
-            f"dynamic_shapes names '{unknown[0]}', which is no input: use {', '.join(arguments)}"
-        )
-    return {name: _axes(name, shapes.get(name)) for name in arguments}
-
-
-def _axes(name: str, axes: Any) -> Any:
-    """A list of axis numbers as torch's exporter spells it; everything else as it is."""
-    if isinstance(axes, list) and all(isinstance(axis, int) for axis in axes):
-        return {axis: f"{name}_{axis}" for axis in axes}
-    return axes
 
 
 @contextlib.contextmanager
@@ -173,47 +150,6 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-# ------------------------------------------------------------------------------ when it fails
-
-
-def _explain(error: BaseException, module: torch.nn.Module) -> str:
-    """One line: the layer that was being captured, and the reason."""
-    chain = _chain(error)
-    layer = next((found for cause in chain if (found := _layer(cause, module))), None)
-    text = " ".join(str(chain[0]).split("\n\n")[0].split()) or type(chain[0]).__name__
-    where = f"layer '{layer}'" if layer else f"module {type(module).__name__}"
-    if "data-dependent" in text:
-        text = text.split(" (unhinted")[0]
-        text += "; its control flow depends on values, use torch.where or torch.cond there"
-    return f"cannot trace {where}: {text[:300].removesuffix('.')}"
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what caused it, the first cause first."""
-    found = [error]
-    while (cause := found[-1].__cause__ or found[-1].__context__) and cause not in found:
-        found.append(cause)
-    return found[::-1]
-
-
-def _layer(error: BaseException, module: torch.nn.Module) -> str | None:
-    """The innermost submodule whose code, or whose captured node, was at work when `error` rose."""
-    import torch
-
-    paths = {id(part): path for path, part in module.named_modules()}
-    found = None
-    step = error.__traceback__
-    while step is not None:
-        for local in step.tb_frame.f_locals.values():
-            if isinstance(local, torch.fx.Node) and local.meta.get("nn_module_stack"):
-                found = list(local.meta["nn_module_stack"].values())[-1][0] or found
-        part = step.tb_frame.f_locals.get("self")
-        if isinstance(part, torch.nn.Module) and paths.get(id(part)):
-            found = paths[id(part)]
-        step = step.tb_next
-    return found
-
-
 # ------------------------------------------------------------------------- names and provenance
 
 
@@ -237,7 +173,7 @@ def _name_values(model: ir.Model, exported: torch.export.ExportedProgram | None)
     if exported is None:
         return
     signature, spec = exported.graph_signature, exported.call_spec.out_spec
-    inputs = [name for name in signature.user_inputs if isinstance(name, str)]
+    inputs = past_names([name for name in signature.user_inputs if isinstance(name, str)])
     structure = spec.unflatten(range(spec.num_leaves)) if spec is not None else None
     leaves = _leaf_names(structure, "")
     outputs = [

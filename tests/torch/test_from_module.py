@@ -244,6 +244,82 @@ def test_a_failure_names_the_layer(
     assert capfd.readouterr() == ("", "")
 
 
+class Steps(torch.nn.Module):
+    """A loop over time, which a trace unrolls."""
+
+    def forward(self, x: Any) -> Any:
+        state = torch.zeros_like(x[:, 0])
+        for step in range(x.shape[1]):
+            state = torch.tanh(state + x[:, step])
+        return state
+
+
+@pytest.mark.parametrize("name", ["time", torch.export.Dim("time")])
+def test_an_axis_that_cannot_be_free_is_told(name: Any) -> None:
+    with pytest.raises(ModelError, match="axis 1 of 'x' free: its code fixes it") as caught:
+        trace(Steps(), torch.zeros(2, 5, 3), {"x": {0: "batch", 1: name}})
+    assert "leave that axis out of dynamic_shapes" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    model = trace(Steps(), torch.zeros(2, 5, 3), {"x": {0: "batch"}})
+    assert [str(d) for d in model.graph.inputs[0].shape or ()] == ["batch", "5", "3"]
+
+
+def test_a_decision_by_values_is_told_with_its_line() -> None:
+    with pytest.raises(ModelError) as caught:
+        trace(Branches(), torch.zeros(8, 8))
+    assert "test_from_module.py:" in str(caught.value)
+    assert "(return x + 1 if x.sum() > 0 else x), use torch.where" in str(caught.value)
+
+
+def test_a_mask_that_torch_looks_into_is_told() -> None:
+    layer = torch.nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+    module = torch.nn.TransformerDecoder(layer, 1)
+    x, memory = torch.zeros(2, 6, 8), torch.zeros(2, 7, 8)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(6)
+    example = {"tgt": x, "memory": memory, "tgt_mask": mask}
+    with pytest.raises(ModelError, match=r"transformer.py:\d+ .* give is_causal \(tgt_is_causal"):
+        trace(module, example)
+    trace(module, {**example, "tgt_is_causal": True})
+
+
+class Variadic(torch.nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return tuple(x * 2 for x in (*args, *kwargs.values()))
+
+
+@pytest.mark.parametrize(
+    ("example", "shapes"),
+    [
+        ((0, 0), ({0: "b"},)),
+        ((0, 0), ({0: "b"}, {0: "b"})),
+        ((0, 0), ([0],)),
+        ((0, 0), (({0: "b"}, None),)),
+        ((0, 0), {"args": ({0: "b"}, {0: "b"})}),
+        ((0, 0), {"args_0": {0: "b"}, "args_1": {0: "b"}}),
+        ({"x": 0, "y": 0}, {"x": {0: "b"}}),
+        ({"x": 0, "y": 0}, {"kwargs": {"x": {0: "b"}, "y": None}}),
+        ({"x": 0, "y": 0}, ({0: "b"}, {0: "b"})),
+    ],
+)
+def test_axes_of_variadic_arguments(example: Any, shapes: Any) -> None:
+    tensors: Any = (torch.zeros(3, 4), torch.zeros(3, 4))
+    if isinstance(example, dict):
+        tensors = dict(zip(example, tensors, strict=True))
+    model = trace(Variadic(), tensors, shapes)
+    first = [v.shape[0] for v in model.graph.inputs if v.shape is not None]
+    assert isinstance(first[0], ir.SymbolicDim)
+    several = str(shapes).count("{0") > 1
+    assert isinstance(first[1], ir.SymbolicDim) == several
+
+
+def test_too_many_axes_for_variadic_arguments_are_told() -> None:
+    two = (torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ModelError, match="3 entries for 2 inputs"):
+        trace(Variadic(), two, ({0: "b"},) * 3)
+    with pytest.raises(ModelError, match="names 'x', which is no input: use args_0, args_1"):
+        trace(Variadic(), two, {"x": {0: "b"}})
+
+
 @pytest.mark.parametrize(
     ("example", "shapes", "message"),
     [
