@@ -126,10 +126,9 @@ def _keeps_tokens(cache: Any) -> bool:
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)  # no subclasses: they have other states too
-    layers: list[Any] = cache.layers
+    layers: list[Any] = getattr(cache, "layers", [])
     return isinstance(cache, DynamicCache) and all(
-        type(layer) in kinds and layer.keys is not None and layer.keys.ndim == 4
-        for layer in layers
+        type(layer) in kinds and layer.keys is not None and layer.keys.ndim == 4 for layer in layers
     )
 
 
