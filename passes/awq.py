@@ -167,7 +167,7 @@ class _Trial:
 
     Attributes:
         w: float32 (K, N).
-        metric: what an error of w costs, float32 (K, K), see :func:`clip_weights.gram`.
+        metric: what an error of w costs, float32 (K, K), see :func:`clipping.gram`.
         spec: of the weight, its axes those of (K, N).
         data: spec of the data.
     """

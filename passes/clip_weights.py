@@ -45,9 +45,9 @@ class ClipWeights(Pass):
     its eyes: the output's error is the sum of theirs, so a block can make up for what another one
     did. Each block tries some shares of its range, takes the best, then the scale at which its
     integers fit best (least squares); in later sweeps it looks for better ones nearby. All of it
-    needs of the data but its Gram matrix, see :func:`gram`. insert-qdq takes the integers as they
-    are. With a cache folder in the context, what is found is kept, and an interrupted run goes on
-    from there.
+    needs of the data but its Gram matrix, see :func:`clipping.gram`. insert-qdq takes the integers
+    as they are. With a cache folder in the context, what is found is kept, and an interrupted run
+    goes on from there.
 
     Attributes:
         sweeps: how often each block is visited.

@@ -41,14 +41,19 @@ def weight(name: str, *shape: int, seed: int = 0, spread: float = 1.0) -> ir.Ten
     return ir.Tensor(data.astype(np.float32), name=name)
 
 
-def build(text: str, *tensors: ir.TensorProtocol) -> ir.Model:
-    """A model from the textual syntax of ONNX and these initializers, shapes inferred."""
+def parsed(text: str, *tensors: ir.TensorProtocol) -> ir.Model:
+    """A model from the textual syntax of ONNX and these initializers, as it is written."""
     proto = onnx.parser.parse_model(HEADER + text)
     for tensor in tensors:
         initializer = ir.to_proto(tensor)
         assert isinstance(initializer, onnx.TensorProto)
         proto.graph.initializer.append(initializer)
-    model = ir.from_proto(proto)
+    return ir.from_proto(proto)
+
+
+def build(text: str, *tensors: ir.TensorProtocol) -> ir.Model:
+    """A model as :func:`parsed` gives it, with shapes inferred."""
+    model = parsed(text, *tensors)
     ShapeInferencePass()(model)
     return model
 

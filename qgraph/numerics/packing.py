@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qgraph.numerics.reference import Int
-
 
 def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Values of 2, 4 or 8 bits in bytes, the first in the low bits; each row ends with its byte.
@@ -25,22 +23,6 @@ def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     for place in range(1, each):
         packed |= padded[:, place::each] << np.uint8(place * bits)
     return packed
-
-
-def pack_int4(q: Int) -> NDArray[np.uint8]:
-    """Two 4-bit values a byte, the first in the low half (ONNX order), from a flat array."""
-    flat = np.asarray(q, np.int32).reshape(-1) & 0xF
-    if flat.size % 2:
-        flat = np.append(flat, 0)
-    return (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
-
-
-def unpack_int4(packed: NDArray[np.uint8], count: int, signed: bool) -> Int:
-    """The first `count` values of :func:`pack_int4`."""
-    flat = np.empty(packed.size * 2, np.int32)
-    flat[0::2], flat[1::2] = packed & 0xF, packed >> 4
-    flat = flat[:count]
-    return np.where(flat >= 8, flat - 16, flat).astype(np.int32) if signed else flat
 
 
 Array = NDArray[Any]

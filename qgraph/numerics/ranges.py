@@ -155,10 +155,6 @@ class Mass:
         weights = np.bincount(where, np.concatenate([-density, density]), minlength=points.size)
         return cls(points, weights.astype(np.float64), a[~flat], counts[~flat].astype(np.float64))
 
-    def power(self) -> float:
-        """Sum of the squares of all elements."""
-        return float(self.weights @ self.points**3 / 3 + self.atom_counts @ self.atoms**2)
-
     def squared_error(self, lows: Double, highs: Double, spec: QuantSpec) -> Double:
         """Summed squared error of quantizing over each of the ranges [lows, highs], both 1-D."""
         scale, zero = scale_zero_point(lows.astype(np.float32), highs.astype(np.float32), spec)

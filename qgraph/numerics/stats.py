@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qgraph.errors import CalibrationError
 from qgraph.numerics.histogram import BitHistogram, Double, quantile
-from qgraph.numerics.ranges import Mass, entropy_range, mse_range, percentile_range
+from qgraph.numerics.ranges import entropy_range, mse_range, percentile_range
 from qgraph.numerics.spec import QuantSpec
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "Stats",
     "Wanted",
     "entropy_range",
-    "expected_sqnr_db",
     "find_range",
     "mse_range",
     "percentile_range",
@@ -214,18 +213,6 @@ def _need(histogram: BitHistogram | None, what: str) -> BitHistogram:
     if histogram is None:
         raise CalibrationError(f"'{what}' needs a histogram: calibrate again, asking for one")
     return histogram
-
-
-def expected_sqnr_db(stats: Stats, low: float, high: float, spec: QuantSpec) -> float:
-    """SQNR in dB of quantizing a value with these statistics over [low, high].
-
-    Raises:
-        CalibrationError: no histogram was collected.
-    """
-    centers, counts = _need(stats.histogram, "expected SQNR").bins()
-    mass = Mass.of(centers, counts, stats.low, stats.high)
-    noise = float(mass.squared_error(np.asarray([low]), np.asarray([high]), spec)[0])
-    return _db(mass.power(), noise)
 
 
 def token_sqnr_db(stats: Stats, scale: float) -> float:

@@ -118,7 +118,7 @@ def gradient_share(elements: float, qmax: int) -> float:
 
 
 def fake_quantize_token(x: Tensor, grid: TokenGrid) -> Tensor:
-    """:func:`numerics.quantize_per_token` and back: a scale for each vector along the last axis."""
+    """:func:`tokens.quantize_per_token` and back: a scale for each vector along the last axis."""
     with torch.no_grad():
         exact = x.float()
         floor, step = exact.new_tensor(grid.floor), exact.new_tensor(grid.step)
@@ -141,7 +141,7 @@ def fake_quantize_run(x: Tensor) -> Tensor:
 
 
 def fake_quantize_blocks(x: Tensor, size: int) -> Tensor:
-    """:func:`numerics.round_in_blocks`: a scale for each block of each token, symmetric int8."""
+    """:func:`tokens.round_in_blocks`: a scale for each block of each token, symmetric int8."""
     with torch.no_grad():
         padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % size))
         blocks = padded.reshape(*x.shape[:-1], -1, size)
@@ -155,7 +155,7 @@ def fake_quantize_blocks(x: Tensor, size: int) -> Tensor:
 
 
 def fake_quantize_bias(bias: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor:
-    """:func:`numerics.quantize_bias` and back: int32 with the scale x · w.
+    """:func:`reference.quantize_bias` and back: int32 with the scale x · w.
 
     Args:
         bias: (N,).
@@ -170,7 +170,7 @@ def fake_quantize_bias(bias: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor
 
 
 def scale_for_bias(w_scale: Tensor, x_scale: Tensor, bias: Tensor) -> Tensor:
-    """:func:`numerics.weight_scale_for_bias`: large enough for the bias to fit; (N,)."""
+    """:func:`reference.weight_scale_for_bias`: large enough for the bias to fit; (N,)."""
     with torch.no_grad():
         needed = bias.float().double().abs() / (x_scale.double() * (INT32_MAX // 2))
     if w_scale.ndim == 0:

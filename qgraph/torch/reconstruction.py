@@ -40,7 +40,8 @@ class Method(Protocol):
     def name(self) -> str: ...
 
     def start(self, w: NDArray[Any], nearest: Quantized, spec: QuantSpec) -> Any:
-        """A :class:`qgraph.torch.learned_rounding.Rounding` of the float weight `w`."""
+        """What :meth:`learn` changes of the float weight `w`: one of the classes of
+        :mod:`qgraph.torch.learned_rounding`."""
         ...
 
     def learn(self, block: Block, weights: Sequence[Any], plain: float, seed: int) -> None:

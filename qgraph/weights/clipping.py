@@ -33,7 +33,7 @@ def gram(x: NDArray[Any], w: Float, spec: QuantSpec) -> Float:
 
     That is XᵀX with a weight for each token. Unweighted, a language model's first token may own
     all of it; with each output at unit power, it would count no more than any other, though
-    attention leans on it everywhere. :func:`simulation.relative_noise` is the geometric mean of the
+    attention leans on it everywhere. :func:`noise.relative_noise` is the geometric mean of the
     noise in these two views, so a small step lowers it as it lowers their sum, each view in units
     of the noise that rounding to nearest leaves in it.
 

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from qgraph.io.session import open_session, run
 from qgraph.numerics.noise import sqnr_db
-from qgraph.numerics.packing import pack_int4, unpack_int4
+from qgraph.numerics.packing import pack, unpack
 from qgraph.numerics.reference import (
     INT32_MAX,
     SMALLEST_SCALE,
@@ -446,19 +446,23 @@ def test_columns_that_cannot_saturate_keep_every_bit() -> None:
 # --- the rest -------------------------------------------------------------------------------------
 
 
-@given(hnp.arrays(np.int32, st.integers(0, 33), elements=st.integers(-8, 7)), st.booleans())
-def test_int4_packing_round_trips(q: np.ndarray, signed: bool) -> None:
-    q = q if signed else q + 8
-    packed = pack_int4(q)
-    assert packed.size == (q.size + 1) // 2
-    assert np.array_equal(unpack_int4(packed, q.size, signed), q)
+@given(
+    hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.integers(0, 33))),
+    st.sampled_from([2, 4, 8]),
+)
+def test_packing_round_trips(q: np.ndarray, bits: int) -> None:
+    q &= (1 << bits) - 1
+    packed = pack(q, bits)
+    assert packed.shape == (len(q), math.ceil(q.shape[1] * bits / 8))
+    words = np.pad(packed, [(0, 0), (0, -packed.shape[1] % 4)]).view(np.int32).T
+    assert np.array_equal(unpack(words, bits)[: q.shape[1]].T, q)
 
 
 def test_int4_packing_is_the_order_of_onnx() -> None:
     q = np.array([1, -2, 7, -8, 3], np.int32)
     tensor = onnx.helper.make_tensor("q", onnx.TensorProto.INT4, [5], q)
     raw = np.frombuffer(ir.serde.deserialize_tensor(tensor).tobytes(), np.uint8)
-    assert np.array_equal(pack_int4(q), raw)
+    assert np.array_equal(pack((q & 0xF).astype(np.uint8)[np.newaxis], 4)[0], raw)
 
 
 def test_sqnr() -> None:

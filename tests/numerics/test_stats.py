@@ -19,7 +19,7 @@ from qgraph.numerics.noise import sqnr_db
 from qgraph.numerics.ranges import Mass, entropy_range, mse_range, percentile_range
 from qgraph.numerics.reference import dequantize, quantize, scale_zero_point
 from qgraph.numerics.spec import QuantSpec, RangeMethod
-from qgraph.numerics.stats import Stats, Wanted, expected_sqnr_db, find_range, token_sqnr_db
+from qgraph.numerics.stats import Stats, Wanted, find_range, token_sqnr_db
 
 INT8 = QuantSpec(ir.DataType.INT8)
 UINT8 = QuantSpec(ir.DataType.UINT8, symmetric=False)
@@ -62,6 +62,15 @@ def distributions() -> dict[str, np.ndarray]:
 def true_sqnr_db(x: np.ndarray, low: float, high: float, spec: QuantSpec) -> float:
     scale, zero = scale_zero_point(np.float32(low), np.float32(high), spec)
     return sqnr_db(x, dequantize(quantize(x, scale, zero, spec.qmin, spec.qmax), scale, zero))
+
+
+def expected_sqnr_db(stats: Stats, low: float, high: float, spec: QuantSpec) -> float:
+    """The same as a histogram sees it, which is what `mse` searches."""
+    assert stats.histogram is not None
+    mass = Mass.of(*stats.histogram.bins(), stats.low, stats.high)
+    noise = mass.squared_error(np.array([low]), np.array([high]), spec)[0]
+    power = mass.weights @ mass.points**3 / 3 + mass.atom_counts @ mass.atoms**2
+    return 10 * float(np.log10(power / noise)) if noise > 0 else float("inf")
 
 
 # --- histogram ------------------------------------------------------------------------------------

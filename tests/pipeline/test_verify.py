@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 
 from qgraph.graph.annotation import STAGES_KEY, Stage
-from qgraph.graph.text.parser import from_text
 from qgraph.numerics.noise import relative_error
 from qgraph.numerics.spec import QuantSpec
 from qgraph.pipeline.verify import check_structure
-from tests.models import if_model, mlp, random_graph, small_convnet, transformer_block
+from tests.models import if_model, mlp, parsed, random_graph, small_convnet, transformer_block
 
 
-def problems(*lines: str, domain: str = "") -> list[str]:
-    """What the verifier says of a graph with input x (2, 4) that holds these lines."""
-    imports = ["opset 21", *([f"opset {domain} 1"] if domain else [])]
-    body = "\n".join([*imports, "input %x: f32[2, 4]", *lines])
-    return check_structure(from_text(f"graph g {{\n{body}\n}}"))
+def problems(values: str, *lines: str, output: str = "d", domain: str = "") -> list[str]:
+    """What the verifier says of a graph with input x (2, 4) that holds these lines.
+
+    Args:
+        values: its initializers, and types of others.
+        domain: what the model imports besides ONNX.
+    """
+    body = "\n".join(lines)
+    model = parsed(f"g (float[2,4] x) => ({output}) <{values}> {{\n{body}\n}}")
+    if domain:
+        model.opset_imports[domain] = 1
+    return check_structure(model)
+
+
+def known(**tensors: str) -> str:
+    """Initializers by name, from their types and data."""
+    return ", ".join(text.replace("{", f"{name} = {{") for name, text in tensors.items())
+
+
+def node(output: str, op: str, inputs: str, attributes: str = "") -> str:
+    """A line of a graph; without attributes there may be no `<>`."""
+    return f"{output} = {op} {f'<{attributes}>' if attributes else ''} ({inputs})"
 
 
 def quantized(
-    scale: str, zero: str = "u8[] {128}", attributes: str = "", domain: str = ""
+    scale: str, zero: str = "uint8 {128}", attributes: str = "", domain: str = ""
 ) -> list[str]:
     """What it says of x quantized and dequantized like this."""
-    op = f"{domain}::" if domain else ""
-    integers = f"{zero.partition('[')[0]}[2, 4]"
+    prefix = f"{domain}." if domain else ""
+    integers = re.split(r"\W", zero)[0]
     return problems(
-        f"weight %s = {scale}",
-        f"weight %z = {zero}",
-        f"%q: {integers} = {op}QuantizeLinear(%x, %s, %z) {{{attributes}}}",
-        f"%d = {op}DequantizeLinear(%q, %s, %z) {{{attributes}}}",
-        "output %d",
+        f"{known(s=scale, z=zero)}, {integers}[2,4] q",
+        node("q", f"{prefix}QuantizeLinear", "x, s, z", attributes),
+        node("d", f"{prefix}DequantizeLinear", "q, s, z", attributes),
         domain=domain,
     )
 
@@ -51,22 +67,25 @@ def test_random_models_have_no_problems(model: ir.Model) -> None:
     assert check_structure(model) == []
 
 
-FOUR = "{1.0, 2.0, 3.0, 4.0}"
-FOUR_ZEROS = "u8[4] {1, 2, 3, 4}"
+FOUR = "float[4] {1.0, 2.0, 3.0, 4.0}"
+FOUR_ZEROS = "uint8[4] {1, 2, 3, 4}"
+SQUARE = "float[2,2] {1.0, 2.0, 3.0, 4.0}"
+SQUARE_ZEROS = "uint8[2,2] {1, 2, 3, 4}"
+INT4_ZEROS = "int4[2] {129}"  # as ONNX stores them, two in a byte: 1 and -8
 
 
 @pytest.mark.parametrize(
     ("scale", "zero", "attributes"),
     [
-        ("f32[] {0.5}", "u8[] {128}", ""),
-        ("f32[1] {0.5}", "i8[1] {0}", ""),
-        (f"f32[4] {FOUR}", FOUR_ZEROS, "axis = 1"),
-        (f"f32[4] {FOUR}", FOUR_ZEROS, "axis = -1"),
-        (f"f32[4] {FOUR}", FOUR_ZEROS, ""),
-        ("f32[2] {1.0, 2.0}", "i4[2] {1, -8}", "axis = 0"),
-        (f"f32[2, 2] {FOUR}", "u8[2, 2] {1, 2, 3, 4}", "axis = 1, block_size = 2"),
-        (f"f32[2, 2] {FOUR}", "u8[2, 2] {1, 2, 3, 4}", "axis = 1, block_size = 3"),
-        (f"f32[1, 4] {FOUR}", "u8[1, 4] {1, 2, 3, 4}", "axis = 0, block_size = 2"),
+        ("float {0.5}", "uint8 {128}", ""),
+        ("float[1] {0.5}", "int8[1] {0}", ""),
+        (FOUR, FOUR_ZEROS, "axis = 1"),
+        (FOUR, FOUR_ZEROS, "axis = -1"),
+        (FOUR, FOUR_ZEROS, ""),
+        ("float[2] {1.0, 2.0}", INT4_ZEROS, "axis = 0"),
+        (SQUARE, SQUARE_ZEROS, "axis = 1, block_size = 2"),
+        (SQUARE, SQUARE_ZEROS, "axis = 1, block_size = 3"),
+        ("float[1,4] {1.0, 2.0, 3.0, 4.0}", "uint8[1,4] {1, 2, 3, 4}", "axis = 0, block_size = 2"),
     ],
 )
 @pytest.mark.parametrize("domain", ["", "com.microsoft"])
@@ -77,28 +96,33 @@ def test_sound_quantization(scale: str, zero: str, attributes: str, domain: str)
 @pytest.mark.parametrize(
     ("scale", "zero", "attributes", "problem"),
     [
-        ("f32[] {0.0}", "u8[] {0}", "", "its scale is not finite and positive everywhere"),
-        ("f32[] {-1.0}", "u8[] {0}", "", "its scale is not finite and positive everywhere"),
-        ("f32[] {nan}", "u8[] {0}", "", "its scale is not finite and positive everywhere"),
-        ("f32[2] {1.0, inf}", "u8[2] {0, 0}", "axis = 0", "its scale is not finite and positive"),
-        (f"f32[4] {FOUR}", FOUR_ZEROS, "axis = 0", "4 scales for 2 channels on axis 0"),
-        (f"f32[4] {FOUR}", FOUR_ZEROS, "axis = 2", "axis 2 is outside rank 2"),
-        (f"f32[4] {FOUR}", FOUR_ZEROS, "axis = -3", "axis -3 is outside rank 2"),
-        (f"f32[2, 2] {FOUR}", "u8[2, 2] {1, 2, 3, 4}", "", "a scale of rank 2 needs a block_size"),
+        ("float {0.0}", "uint8 {0}", "", "its scale is not finite and positive everywhere"),
+        ("float {-1.0}", "uint8 {0}", "", "its scale is not finite and positive everywhere"),
+        ("float {nan}", "uint8 {0}", "", "its scale is not finite and positive everywhere"),
         (
-            f"f32[2, 2] {FOUR}",
-            "u8[2, 2] {1, 2, 3, 4}",
+            "float[2] {1.0, inf}",
+            "uint8[2] {0, 0}",
+            "axis = 0",
+            "its scale is not finite and positive",
+        ),
+        (FOUR, FOUR_ZEROS, "axis = 0", "4 scales for 2 channels on axis 0"),
+        (FOUR, FOUR_ZEROS, "axis = 2", "axis 2 is outside rank 2"),
+        (FOUR, FOUR_ZEROS, "axis = -3", "axis -3 is outside rank 2"),
+        (SQUARE, SQUARE_ZEROS, "", "a scale of rank 2 needs a block_size"),
+        (
+            SQUARE,
+            SQUARE_ZEROS,
             "axis = 1, block_size = 4",
             "2 scales on axis 1, blocks of 4 along axis 1 need 1",
         ),
         (
-            f"f32[2, 2] {FOUR}",
-            "u8[2, 2] {1, 2, 3, 4}",
+            SQUARE,
+            SQUARE_ZEROS,
             "axis = 0, block_size = 1",
             "2 scales on axis 1, blocks of 1 along axis 0 need 4",
         ),
-        (f"f32[4] {FOUR}", FOUR_ZEROS, "block_size = 1", "blocks need a scale of rank 2, not 1"),
-        ("f32[] {1.0}", FOUR_ZEROS, "", "zero point has shape [4], scale []"),
+        (FOUR, FOUR_ZEROS, "block_size = 1", "blocks need a scale of rank 2, not 1"),
+        ("float {1.0}", FOUR_ZEROS, "", "zero point has shape [4], scale []"),
     ],
 )
 def test_broken_quantization(scale: str, zero: str, attributes: str, problem: str) -> None:
@@ -109,70 +133,67 @@ def test_broken_quantization(scale: str, zero: str, attributes: str, problem: st
 
 
 def test_a_computed_scale_and_a_missing_zero_point_are_fine() -> None:
-    lines = ["%q, %s, %z = DynamicQuantizeLinear(%x)", "%d = DequantizeLinear(%q, %s, %z)"]
-    assert problems(*lines, "output %d") == []
-    lines = ["weight %s = f32[] {1.0}", "%q = QuantizeLinear(%x, %s)", "output %q"]
-    assert problems(*lines) == []
+    lines = ["q, s, z = DynamicQuantizeLinear (x)", "d = DequantizeLinear (q, s, z)"]
+    assert problems("", *lines) == []
+    assert problems(known(s="float {1.0}"), "q = QuantizeLinear (x, s)", output="q") == []
 
 
 def test_the_zero_point_has_the_type_of_the_integers() -> None:
-    weights = ["weight %s = f32[] {1.0}", "weight %z = i8[] {0}", "weight %w = u8[2] {1, 2}"]
-    found = problems(*weights, "%d = DequantizeLinear(%w, %s, %z)", "output %d")
+    values = known(s="float {1.0}", z="int8 {0}", w="uint8[2] {1, 2}")
+    found = problems(values, "d = DequantizeLinear (w, s, z)")
     assert found == ["DequantizeLinear 'd': zero point is INT8, the integers are UINT8"]
-    found = problems(*weights, "%q: u8[2, 4] = QuantizeLinear(%x, %s, %z)", "output %q")
+    found = problems(values, "q = QuantizeLinear (x, s, z)", output="uint8[2,4] q")
     assert found == ["QuantizeLinear 'q': zero point is INT8, the integers are UINT8"]
-    assert problems(*weights, "%q = QuantizeLinear(%x, %s, %z)", "output %q") == []
+    assert problems(values, "q = QuantizeLinear (x, s, z)", output="q") == []
 
 
 @pytest.mark.parametrize(("zero", "sound"), [(0, True), (1, False)])
 def test_an_int32_bias_has_no_zero_point(zero: int, sound: bool) -> None:
-    found = problems(
-        "weight %s = f32[] {1.0}",
-        f"weight %z = i32[] {{{zero}}}",
-        "weight %b = i32[2] {5, 6}",
-        "%d = DequantizeLinear(%b, %s, %z)",
-        "output %d",
-    )
+    values = known(s="float {1.0}", z=f"int32 {{{zero}}}", b="int32[2] {5, 6}")
+    found = problems(values, "d = DequantizeLinear (b, s, z)")
     assert found == (
         [] if sound else ["DequantizeLinear 'd': an int32 bias must have zero point 0"]
     )
 
 
 def with_bias(
-    op: str, w_scale: str, bias_scale: str, attributes: str = "", bias: str = "i32[2] {5, 6}"
+    op: str, w_scale: str, bias_scale: str, attributes: str = "", bias: str = "int32[2] {5, 6}"
 ) -> list[str]:
     """What it says of a Gemm or Conv (2 output channels, x scale 0.5) with quantized inputs."""
-    weight = "i8[4, 2] {1, 2, 3, 4, 5, 6, 7, 8}"
+    shape = "4,2"
     if "transB" in attributes or op == "Conv":
-        weight = weight.replace("[4, 2]", "[2, 4]" if op == "Gemm" else "[2, 4, 1]")
+        shape = "2,4" if op == "Gemm" else "2,4,1"
     axis = 1 if op == "Gemm" and "transB" not in attributes else 0
+    values = known(
+        xs="float {0.5}",
+        xz="uint8 {128}",
+        ws=w_scale,
+        bs=bias_scale,
+        w=f"int8[{shape}] {{1, 2, 3, 4, 5, 6, 7, 8}}",
+        b=bias,
+    )
     return problems(
-        "weight %xs = f32[] {0.5}",
-        "weight %xz = u8[] {128}",
-        f"weight %ws = {w_scale}",
-        f"weight %bs = {bias_scale}",
-        f"weight %w = {weight}",
-        f"weight %b = {bias}",
-        "%q: u8[2, 4] = QuantizeLinear(%x, %xs, %xz)",
-        "%xd = DequantizeLinear(%q, %xs, %xz)",
-        f"%wd = DequantizeLinear(%w, %ws) {{axis = {axis}}}",
-        "%bd = DequantizeLinear(%b, %bs) {axis = 0}",
-        f"%y = {op}(%xd, %wd, %bd) {{{attributes}}}",
-        "output %y",
+        f"{values}, uint8[2,4] q",
+        node("q", "QuantizeLinear", "x, xs, xz"),
+        node("xd", "DequantizeLinear", "q, xs, xz"),
+        node("wd", "DequantizeLinear", "w, ws", f"axis = {axis}"),
+        node("bd", "DequantizeLinear", "b, bs", "axis = 0"),
+        node("y", op, "xd, wd, bd", attributes),
+        output="y",
     )
 
 
 @pytest.mark.parametrize(
     ("op", "w_scale", "bias_scale", "attributes"),
     [
-        ("Conv", "f32[] {0.1}", "f32[] {0.05}", ""),
-        ("Conv", "f32[2] {0.1, 0.2}", "f32[2] {0.05, 0.1}", ""),
-        ("Gemm", "f32[2] {0.1, 0.2}", "f32[2] {0.05, 0.1}", ""),
-        ("Gemm", "f32[2] {0.1, 0.2}", "f32[2] {0.05, 0.1}", "transB = 1"),
-        ("Gemm", "f32[1] {0.1}", "f32[] {0.05}", "transB = 1"),
-        ("Gemm", "f32[] {0.1}", "f32[2] {0.05, 0.05}", ""),
-        ("Gemm", "f32[] {0.1}", "f32[] {0.1}", "alpha = 2.0"),
-        ("Gemm", "f32[] {0.1}", "f32[] {0.025}", "beta = 2.0"),
+        ("Conv", "float {0.1}", "float {0.05}", ""),
+        ("Conv", "float[2] {0.1, 0.2}", "float[2] {0.05, 0.1}", ""),
+        ("Gemm", "float[2] {0.1, 0.2}", "float[2] {0.05, 0.1}", ""),
+        ("Gemm", "float[2] {0.1, 0.2}", "float[2] {0.05, 0.1}", "transB = 1"),
+        ("Gemm", "float[1] {0.1}", "float {0.05}", "transB = 1"),
+        ("Gemm", "float {0.1}", "float[2] {0.05, 0.05}", ""),
+        ("Gemm", "float {0.1}", "float {0.1}", "alpha = 2.0"),
+        ("Gemm", "float {0.1}", "float {0.025}", "beta = 2.0"),
     ],
 )
 def test_a_bias_scale_that_is_the_product(
@@ -184,18 +205,24 @@ def test_a_bias_scale_that_is_the_product(
 @pytest.mark.parametrize(
     ("op", "w_scale", "bias_scale", "attributes", "problem"),
     [
-        ("Conv", "f32[] {0.1}", "f32[] {0.1}", "", "bias scale is not input scale times weight"),
-        ("Conv", "f32[2] {0.1, 0.2}", "f32[2] {0.1, 0.05}", "", "bias scale is not input scale"),
-        ("Conv", "f32[2] {0.1, 0.2}", "f32[] {0.05}", "", "bias scale is not input scale times"),
+        ("Conv", "float {0.1}", "float {0.1}", "", "bias scale is not input scale times weight"),
+        (
+            "Conv",
+            "float[2] {0.1, 0.2}",
+            "float[2] {0.1, 0.05}",
+            "",
+            "bias scale is not input scale",
+        ),
+        ("Conv", "float[2] {0.1, 0.2}", "float {0.05}", "", "bias scale is not input scale times"),
         (
             "Gemm",
-            "f32[2] {0.1, 0.2}",
-            "f32[2] {0.05, 0.2}",
+            "float[2] {0.1, 0.2}",
+            "float[2] {0.05, 0.2}",
             "transB = 1",
             "bias scale is not input",
         ),
-        ("Gemm", "f32[] {0.1}", "f32[] {0.05}", "alpha = 2.0", "bias scale is not input scale"),
-        ("Gemm", "f32[] {0.1}", "f32[2] {0.05, 0.1}", "", "bias scale is not input scale times"),
+        ("Gemm", "float {0.1}", "float {0.05}", "alpha = 2.0", "bias scale is not input scale"),
+        ("Gemm", "float {0.1}", "float[2] {0.05, 0.1}", "", "bias scale is not input scale times"),
     ],
 )
 def test_a_bias_scale_that_is_not_the_product(
@@ -208,50 +235,41 @@ def test_a_bias_scale_that_is_not_the_product(
 
 def test_bias_scales_of_another_count_than_weight_scales() -> None:
     found = with_bias(
-        "Conv", "f32[2] {0.1, 0.1}", "f32[3] {1.0, 1.0, 1.0}", bias="i32[3] {1, 2, 3}"
+        "Conv", "float[2] {0.1, 0.1}", "float[3] {1.0, 1.0, 1.0}", bias="int32[3] {1, 2, 3}"
     )
     assert found == ["Conv 'y': 3 bias scales for 2 weight scales"]
 
 
 def test_a_bias_that_is_no_int32_may_have_any_scale() -> None:
-    assert with_bias("Conv", "f32[] {0.1}", "f32[] {7.0}", bias="i8[2] {5, 6}") == []
+    assert with_bias("Conv", "float {0.1}", "float {7.0}", bias="int8[2] {5, 6}") == []
 
 
-BRANCHES = """graph g {{
-  opset 21
-  input %flag: b8[]
-  input %x: f32[2]
-  weight %s = f32[] {{{scale}}}
-  %y = If(%flag) {{
-    then_branch = graph a {{
-      %q = QuantizeLinear(%x, %s)
-      %d = DequantizeLinear(%q, %s)
-      output %d
-    }},
-    else_branch = graph b {{
-      %d = Relu(%x)
-      output %d
-    }},
-  }}
-  output %y
-}}"""
+def branches(scale: float) -> ir.Model:
+    """An If whose one branch rounds x with this scale."""
+    return parsed(f"""
+    g (bool flag, float[2] x) => (y) <float s = {{{scale}}}> {{
+      y = If (flag) <
+        then_branch = a () => (d) {{ q = QuantizeLinear (x, s) d = DequantizeLinear (q, s) }},
+        else_branch = b () => (d) {{ d = Relu (x) }}
+      >
+    }}""")
 
 
 def test_rules_hold_in_branches_and_see_weights_outside() -> None:
-    assert check_structure(from_text(BRANCHES.format(scale="0.1"))) == []
-    found = check_structure(from_text(BRANCHES.format(scale="-0.1")))
+    assert check_structure(branches(0.1)) == []
+    found = check_structure(branches(-0.1))
     assert [p.partition(":")[0] for p in found] == ["QuantizeLinear 'q'", "DequantizeLinear 'd'"]
 
 
 def test_a_branch_that_uses_what_nobody_made() -> None:
-    model = from_text(BRANCHES.format(scale="0.1"))
+    model = branches(0.1)
     body = model.graph[0].attributes["else_branch"].as_graph()
     body[0].replace_input_with(0, ir.Value(name="ghost"))
     assert check_structure(model) == ["Relu 'd': its input 'ghost' comes from nowhere"]
 
 
 def test_a_branch_that_uses_a_value_of_its_sibling() -> None:
-    model = from_text(BRANCHES.format(scale="0.1"))
+    model = branches(0.1)
     bodies = [model.graph[0].attributes[f"{name}_branch"].as_graph() for name in ("then", "else")]
     bodies[1][0].replace_input_with(0, bodies[0][0].outputs[0])
     found = check_structure(model)
@@ -285,21 +303,11 @@ def test_an_output_that_nothing_computes() -> None:
 
 
 def test_functions_are_checked_too() -> None:
-    text = """graph g {{
-      opset 21
-      opset {domain} 1
-      input %x: f32[2]
-      %y = {domain}::twice(%x)
-      output %y
-    }}
-    function {domain}::twice {{
-      opset 21
-      input %x
-      %y = Add(%x, %x)
-      output %y
-    }}"""
     for domain in ("own", "qgraph"):
-        model = from_text(text.format(domain=domain))
+        model = parsed(f"""
+        g (float[2] x) => (y) {{ y = {domain}.twice (x) }}
+        <domain: "{domain}", opset_import: ["" : 21]> twice (x) => (y) {{ y = Add (x, x) }}""")
+        model.opset_imports[domain] = 1
         assert check_structure(model) == []
         (function,) = model.functions.values()
         function[0].replace_input_with(1, ir.Value(name="ghost"))
@@ -323,8 +331,8 @@ def test_a_branch_may_not_reuse_a_name_from_outside() -> None:
 
 
 def test_domains_are_imported() -> None:
-    assert problems("%y = own::Foo(%x)", "output %y", domain="own") == []
-    found = problems("%y = own::Foo(%x)", "output %y")
+    assert problems("", "y = own.Foo (x)", output="y", domain="own") == []
+    found = problems("", "y = own.Foo (x)", output="y")
     assert found == ["Foo 'y': the model imports no version of its domain 'own'"]
     model = mlp()
     model.graph.opset_imports["ai.onnx"] = model.graph.opset_imports.pop("")

@@ -18,10 +18,8 @@ of this use, see :mod:`qgraph.graph.annotation`. Types are `f32[2, batch, ?]`, `
 unknown), `seq(...)`, `optional(...)`, `sparse(...)`. A tensor is its type and its elements in
 `{...}`: the elements themselves up to eight, above that a content hash, or base64 in the complete
 form. Names with unusual characters are quoted: `%"two words"`. Comments run from `//` to the end of
-the line; statistics are only that.
-
-:func:`qgraph.graph.text.parser.from_text` reads it back. Documentation strings of graphs, nodes and
-values are left out, as are denotations.
+the line; statistics are only that. Documentation strings of graphs, nodes and values are left out,
+as are denotations.
 """
 
 from __future__ import annotations
@@ -37,14 +35,22 @@ import onnx_ir as ir
 from qgraph.errors import ModelError
 from qgraph.graph.annotation import spec_of, stats_of, use_specs
 from qgraph.graph.provenance import layer
-from qgraph.graph.text.parser import FIELDS, from_text
 from qgraph.graph.text.tensors import content_hash, elements_of, strings_of, tensor_from
-from qgraph.graph.text.tokens import NAME, VALUE_NAME
-
-__all__ = ["from_text", "to_text"]
 
 INLINE = 8
 """Tensors of up to this many elements show them."""
+_FIELDS = (
+    "ir_version",
+    "producer_name",
+    "producer_version",
+    "domain",
+    "model_version",
+    "doc_string",
+)
+"""What the text says about a model besides its graphs."""
+_NAME = r"(?!(?:inf|nan)\b)[^\W\d][\w.-]*"
+_VALUE_NAME = r"[\w./$;@+~|-]+(?::+[\w./$;@+~|-]+)*"
+"""Names without quotes: what could be read as a number or a mark has them."""
 _INDENT = "  "
 
 
@@ -52,9 +58,9 @@ def to_text(model: ir.Model, *, weights: bool = False) -> str:
     """The text of `model`.
 
     Args:
-        weights: the complete form, which :func:`from_text` reads back without loss: all tensor
-            data (base64) and all `metadata_props`. Without it, large tensors are content hashes,
-            and of the metadata only the layer that a node was traced from is shown, as a comment.
+        weights: the complete form, with all tensor data (base64) and all `metadata_props`. Without
+            it, large tensors are content hashes, and of the metadata only the layer that a node
+            was traced from is shown, as a comment.
     """
     return _Printer(weights).model(model)
 
@@ -66,7 +72,7 @@ class _Printer:
     def model(self, model: ir.Model) -> str:
         lines = [
             f"{name} = {json.dumps(value)}"
-            for name in FIELDS
+            for name in _FIELDS
             if (value := getattr(model, name)) not in (None, "")
         ]
         if self._complete and model.metadata_props:
@@ -108,7 +114,7 @@ class _Printer:
         head = ", ".join(self._typed(value) for value in node.outputs)
         head += f" = {_operator(node.domain, node.op_type, node.overload)}({', '.join(operands)})"
         if node.name and (not node.outputs or node.name != node.outputs[0].name):
-            head += f" @{_name(node.name, VALUE_NAME)}"
+            head += f" @{_name(node.name, _VALUE_NAME)}"
         head += self._metadata(node.metadata_props)
         remark = " ".join(filter(None, [*map(_stats, node.outputs), self._provenance(node)]))
         attributes = [self._attribute(a) for _, a in sorted(node.attributes.items())]
@@ -218,7 +224,7 @@ def _dim(dim: int | ir.SymbolicDimProtocol) -> str:
 
 
 def _reference(value: ir.Value | None) -> str:
-    return f"%{_name(value.name, VALUE_NAME)}" if value is not None and value.name else "_"
+    return f"%{_name(value.name, _VALUE_NAME)}" if value is not None and value.name else "_"
 
 
 def _operator(domain: str, name: str, overload: str) -> str:
@@ -226,7 +232,7 @@ def _operator(domain: str, name: str, overload: str) -> str:
     return f"{text}:{_name(overload)}" if overload else text
 
 
-def _name(name: str, syntax: str = NAME) -> str:
+def _name(name: str, syntax: str = _NAME) -> str:
     return name if not name or re.fullmatch(syntax, name) else _quoted(name)
 
 

@@ -13,7 +13,7 @@ CACHED_BYTES = 1 << 18
 
 
 def quantize_in_groups(w: np.ndarray, blocks: PerBlock, spec: QuantSpec) -> Quantized:
-    """:func:`numerics.quantize_groups` of a matrix of any size, (K, N) or (N, K).
+    """:func:`blocks.quantize_groups` of a matrix of any size, (K, N) or (N, K).
 
     Args:
         w: float weight, memory-mapped or not.

@@ -23,7 +23,8 @@ def quantize_in_slices(
         floor: smallest scale allowed for each channel, 1-D, or None.
 
     Returns:
-        q in the spec's dtype, scale float32, zero point int32; as :func:`numerics.quantize_weight`.
+        q in the spec's dtype, scale float32, zero point int32, as those of
+        :func:`reference.quantize_weight`.
     """
     dtype = NUMPY[spec.dtype]
     if axis is None:

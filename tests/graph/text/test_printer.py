@@ -1,8 +1,11 @@
-"""The text form: golden, round trips over all that ONNX can express, and errors with a line."""
+"""The text form: golden, and everything that ONNX can express is found in it."""
 
 from __future__ import annotations
 
+import base64
 import itertools
+import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
@@ -17,20 +21,10 @@ from hypothesis import strategies as st
 
 from qgraph.errors import ModelError, QGraphError
 from qgraph.graph.provenance import layer
-from qgraph.graph.text.parser import from_text
 from qgraph.graph.text.printer import to_text
-from qgraph.graph.text.tensors import content_hash
-from qgraph.io.session import open_session, run
+from qgraph.graph.text.tensors import content_hash, tensor_from
 from qgraph.numerics.spec import PerAxis, PerBlock, PerTensor, PerToken, QuantSpec
-from tests.models import (
-    feed,
-    if_model,
-    mlp,
-    outputs,
-    random_graph,
-    small_convnet,
-    transformer_block,
-)
+from tests.models import if_model, mlp, parsed, random_graph, small_convnet, transformer_block
 
 ONNX_DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 DTYPES = [d for d in ir.DataType if d not in (ir.DataType.UNDEFINED, ir.DataType.STRING)]
@@ -52,7 +46,7 @@ graph main {
   %clipped: f32[batch, 2] = Clip(%/fc1/m, _, %/fc1/m)
   %kept: f32[batch, 2], _ = Dropout(%clipped)
   %q: u8[batch, 2], %s = qgraph::quantize:fast(%kept) {axis = -1, eps = 1e-05, mode = "up\\n"}
-  %y: f32[batch, ?] = If(%flags) @choose {
+  %y: f32[batch, ?] = If(%kept) @choose {
     else_branch = graph {
       %e: f32[batch, 2] = Reshape(%kept, %shape)
       output %e: f32[batch, 2]
@@ -67,8 +61,8 @@ graph main {
 
 function qgraph::quantize:fast {
   opset 21
-  attribute axis
   attribute eps = 0.001
+  attribute axis
   input %v
   %top = ReduceMax(%v) {keepdims = $axis: int}
   %bytes = Cast(%v) {to = 2}
@@ -78,13 +72,39 @@ function qgraph::quantize:fast {
 """
 
 
-def round_trip(model: ir.Model) -> ir.Model:
-    """`model` through its complete text, which must print again as the same bytes."""
+def golden_model() -> ir.Model:
+    """What `GOLDEN` shows, as far as ONNX's own syntax goes, which knows plain names only."""
+    proto = onnx.parser.parse_model("""
+    <ir_version: 10, producer_name: "pytorch", opset_import: ["" : 21, "qgraph" : 1]>
+    main (float[batch,2] x, seq(float[?,3]) odd, optional(int64[]) maybe) => (float[batch,?] y)
+      <float[2,2] w = {0.1, -1.5, inf, 1e-07}, int64[2] shape = {0, 2}, bfloat16 c,
+       float[batch,2] m, float[batch,2] clipped, float[batch,2] kept, uint8[batch,2] q>
+    {
+      m = MatMul (x, w)
+      c = Constant ()
+      clipped = Clip (m, , m)
+      kept, hidden = Dropout (clipped)
+      q, s = qgraph.quantize : fast <axis = -1, eps = 1e-05> (kept)
+      [choose] y = If (kept) <
+        else_branch = else () => (float[batch,2] e) { e = Reshape (kept, shape) },
+        then_branch = then () => (t) { t = Identity (kept) }
+      >
+    }
+    <domain: "qgraph", overload: "fast", opset_import: ["": 21]>
+    quantize <axis, eps: float = 0.001> (v) => (bytes, top) {
+      top = ReduceMax <keepdims: int = @axis> (v)
+      bytes = Cast <to = 2> (v)
+    }""")
+    return ir.from_proto(proto)
+
+
+def printed(model: ir.Model) -> str:
+    """The complete text of `model`, which is the same after saving and loading."""
     text = to_text(model, weights=True)
-    parsed = from_text(text)
-    assert to_text(parsed, weights=True) == text
-    assert to_text(parsed) == to_text(model)
-    return parsed
+    again = ir.from_proto(ir.to_proto(model))
+    assert to_text(again, weights=True) == text
+    assert to_text(again) == to_text(model)
+    return text
 
 
 def constant_model(tensor: ir.TensorProtocol) -> ir.Model:
@@ -94,28 +114,35 @@ def constant_model(tensor: ir.TensorProtocol) -> ir.Model:
     return ir.Model(ir.Graph([], node.outputs, nodes=[node], opset_imports={"": 25}), ir_version=13)
 
 
-def constant_of(model: ir.Model) -> ir.TensorProtocol:
-    """The tensor that `constant_model` was given."""
-    return model.graph[0].attributes["value"].as_tensor()
+def data_in(text: str) -> str:
+    """What the tensor of `constant_model` holds, by its text."""
+    found = re.search(r"Constant\(\) \{value = \w+\[[\d, ]*\] \{(.*)\}\}\n", text)
+    assert found
+    return found[1]
+
+
+def shown(name: str) -> str:
+    """The name that stands in the text like this."""
+    return str(json.loads(name)) if name.startswith('"') else name
 
 
 def test_golden() -> None:
-    text = GOLDEN.replace("If(%flags)", "If(%kept)")
-    model = from_text(text)
-    assert to_text(model) == text
-    assert to_text(from_text(to_text(model, weights=True))) == text
-    matmul = model.graph[0]
-    assert matmul.name == "/fc1/MatMul"
-    assert matmul.meta["qgraph.in"] == {
-        0: QuantSpec(ir.DataType.UINT8, PerToken(), observer="dynamic")
-    }
-    expected = QuantSpec(ir.DataType.INT8, PerAxis(1), observer="absmax", group="qkv")
-    assert model.graph.initializers["w"].meta["qgraph.spec"] == expected
-    odd = model.graph.inputs[1]
-    assert isinstance(odd.type, ir.SequenceType)
-    assert odd.name == "odd name"
-    assert model.graph[3].outputs[1].name == ""
-    assert model.graph[4].op_identifier() == ("qgraph", "quantize", "fast")
+    model = golden_model()
+    _, odd, maybe = model.graph.inputs
+    matmul, constant, _, dropout, quantize, choose = model.graph
+    odd.name, maybe.shape = "odd name", None
+    matmul.name, matmul.outputs[0].name = "/fc1/MatMul", "/fc1/m"
+    constant.attributes.add(ir.AttrTensor("value", ir.tensor(0.5, ir.DataType.BFLOAT16)))
+    dropout.outputs[1].name = ""
+    quantize.attributes.add(ir.AttrString("mode", "up\n"))
+    choose.attributes["else_branch"].as_graph().name = None
+    spec = QuantSpec(ir.DataType.INT8, PerAxis(1), observer="absmax", group="qkv")
+    model.graph.initializers["w"].meta["qgraph.spec"] = spec
+    spec = QuantSpec(ir.DataType.UINT8, symmetric=False, observer="minmax")
+    model.graph.inputs[0].meta["qgraph.spec"] = spec
+    spec = QuantSpec(ir.DataType.UINT8, PerToken(), observer="dynamic")
+    matmul.meta["qgraph.in"] = {0: spec}
+    assert to_text(model) == GOLDEN
 
 
 def test_a_built_model_prints_as_expected() -> None:
@@ -155,11 +182,11 @@ def test_all_metadata_is_in_the_complete_text_and_none_of_it_in_the_short_one() 
     model.graph.metadata_props["b"] = 'two "words"'
     model.graph[0].metadata_props["c"] = "line\nline"
     model.graph.inputs[0].metadata_props["d"] = "\udcff\x00é"
-    parsed = round_trip(model)
-    assert parsed.metadata_props == model.metadata_props
-    assert parsed.graph.metadata_props == model.graph.metadata_props
-    assert parsed.graph[0].metadata_props == model.graph[0].metadata_props
-    assert parsed.graph.inputs[0].metadata_props == model.graph.inputs[0].metadata_props
+    text = to_text(model, weights=True)
+    assert '\nmetadata !{"a": "1"}\n' in text
+    assert '\ngraph mlp !{"b": "two \\"words\\""} {\n' in text
+    assert ' = MatMul(%x, %w0) !{"c": "line\\nline"}\n' in text
+    assert '  input %x: f32[batch, 4] !{"d": "\\udcff\\u0000\\u00e9"}\n' in text
     assert "words" not in to_text(model)
 
 
@@ -174,23 +201,19 @@ def test_layer_is_empty_where_it_is_not_known(scopes: str | None) -> None:
 @pytest.mark.parametrize(
     "model", [mlp(), small_convnet(), transformer_block(), if_model()], ids=lambda m: m.graph.name
 )
-def test_models_compute_the_same_after_a_round_trip(model: ir.Model) -> None:
-    inputs = feed(model)
-    for old, new in zip(outputs(model, inputs), outputs(round_trip(model), inputs), strict=True):
-        np.testing.assert_array_equal(old, new)
+def test_models_print_the_same_when_loaded_again(model: ir.Model) -> None:
+    printed(model)
 
 
 @settings(max_examples=40, deadline=None)
 @given(random_graph())
-def test_random_graphs_compute_the_same_after_a_round_trip(model: ir.Model) -> None:
-    inputs = feed(model)
-    for old, new in zip(outputs(model, inputs), outputs(round_trip(model), inputs), strict=True):
-        np.testing.assert_array_equal(old, new)
+def test_random_graphs_print_the_same_when_loaded_again(model: ir.Model) -> None:
+    printed(model)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(DTYPES), st.sampled_from([(), (0,), (1,), (3,), (2, 4), (3, 3)]), st.data())
-def test_every_bit_of_every_dtype_comes_back(
+def test_every_bit_of_every_dtype_is_shown(
     dtype: ir.DataType, shape: tuple[int, ...], data: st.DataObject
 ) -> None:
     size = -(-int(np.prod(shape)) * dtype.bitwidth // 8)
@@ -204,9 +227,13 @@ def test_every_bit_of_every_dtype_comes_back(
         tensor: ir.TensorProtocol = ir.PackedTensor(array, dtype, shape=shape)
     else:
         tensor = ir.Tensor(np.frombuffer(raw, dtype.numpy()).reshape(shape), dtype=dtype)
-    parsed = constant_of(round_trip(constant_model(tensor)))
-    assert (parsed.dtype, parsed.shape) == (dtype, ir.Shape(shape))
-    assert parsed.tobytes() == tensor.tobytes()
+    text = printed(constant_model(tensor))
+    assert f" {{value = {dtype.short_name()}{list(shape)} {{" in text
+    if encoded := re.fullmatch('base64 "(.*)"', data_in(text)):
+        assert base64.b64decode(encoded[1]) == tensor.tobytes()
+        return
+    elements = data_in(text).split(", ") if data_in(text) else []
+    assert tensor_from(dtype, shape, elements).tobytes() == tensor.tobytes()
 
 
 @given(st.lists(st.floats(width=32), max_size=8), st.sampled_from([np.float32, np.float64]))
@@ -215,35 +242,49 @@ def test_small_float_tensors_show_numbers(
 ) -> None:
     array = np.array(values, kind)
     text = to_text(constant_model(ir.Tensor(array)))
-    parsed = constant_of(from_text(text)).numpy()
-    np.testing.assert_array_equal(parsed, array)
+    if "base64" not in text:
+        elements = data_in(text).split(", ") if values else []
+        np.testing.assert_array_equal(np.array(elements, kind), array)
     assert "base64" not in text or np.isnan(array).any()
 
 
 @given(st.lists(st.binary(max_size=5), max_size=12))
-def test_string_tensors_come_back(values: list[bytes]) -> None:
+def test_string_tensors_are_shown(values: list[bytes]) -> None:
     tensor = ir.StringTensor(values, shape=ir.Shape([len(values)]))
-    parsed = constant_of(round_trip(constant_model(tensor)))
-    assert isinstance(parsed, ir.StringTensor)
-    assert list(parsed.string_data()) == values
+    items = json.loads(f"[{data_in(printed(constant_model(tensor)))}]")
+    assert [item.encode("utf-8", "surrogateescape") for item in items] == values
 
 
 @given(
     st.text(min_size=1), st.text(min_size=1), st.text(), st.text(min_size=1), st.text(min_size=1)
 )
-def test_names_of_any_characters_come_back(
+def test_names_of_any_characters_are_shown(
     value: str, node: str, domain: str, attribute: str, dim: str
 ) -> None:
     x = ir.Value(name=value, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([dim]))
     made = ir.Node(domain, value, [x], [ir.AttrString(attribute, node)], name=node)
     made.outputs[0].name = value + "'"
     graph = ir.Graph([x], made.outputs, nodes=[made], name=value, opset_imports={domain: 1})
-    parsed = round_trip(ir.Model(graph, ir_version=10)).graph
-    assert (parsed.name, parsed[0].name, parsed[0].op_type) == (value, node, value)
-    assert [v.name for v in (*parsed.inputs, *parsed.outputs)] == [value, value + "'"]
-    assert parsed[0].domain == made.domain
-    assert parsed[0].attributes[attribute].value == node
-    assert str(parsed.inputs[0].shape) == str(x.shape)
+    text = printed(ir.Model(graph, ir_version=10))
+    name = r'("(?:[^"\\]|\\.)*"|[\w./$;@+~|:-]+)'
+    found = re.fullmatch(
+        f"""ir_version = 10
+
+graph {name} {{
+  opset (?:{name} )?1
+  input %{name}: f32\\[{name}\\]
+  %{name} = (?:{name}::)?{name}\\(%{name}\\)(?: @{name})? {{{name} = {name}}}
+  output %{name}
+}}
+""",
+        text,
+    )
+    assert found
+    y, of = value + "'", made.domain or None
+    names = [value, domain or None, value, dim, y, of, value, value, node, attribute, node, y]
+    if node == y:
+        names[8] = None
+    assert [n and shown(n) for n in found.groups()] == names
 
 
 def test_common_names_need_no_quotes() -> None:
@@ -258,10 +299,57 @@ def test_common_names_need_no_quotes() -> None:
         assert f"input %{name}: f32[1]" in text
 
 
-def test_every_kind_of_attribute_comes_back() -> None:
+ATTRIBUTES = """\
+Foo() {
+    bytes = b"\\udcff\\u0000",
+    float = 0.1,
+    floats = [1.0, inf, -inf, nan],
+    graph = graph one {
+      opset 21
+      input %x: f32[2]
+      %y = Relu(%x)
+      output %y
+    },
+    graphs = [
+      graph one {
+        opset 21
+        input %x: f32[2]
+        %y = Relu(%x)
+        output %y
+      },
+      graph one {
+        opset 21
+        input %x: f32[2]
+        %y = Relu(%x)
+        output %y
+      },
+    ],
+    huge = inf,
+    int = -3,
+    ints = [1, 2],
+    no_floats = floats[],
+    no_graphs = graphs[],
+    no_ints = ints[],
+    no_strings = strings[],
+    no_tensors = tensors[],
+    no_types = type_protos[],
+    ref = $outer: floats,
+    string = "",
+    strings = ["a", "b, c"],
+    tensor = i4[2] {1, 2},
+    tensors = [i4[2] {1, 2}, i4[2] {1, 2}],
+    type = seq(f32[2, ?]),
+    types = [seq(f32[2, ?]), seq(f32[2, ?])],
+  }
+  output %y
+}
+"""
+
+
+def test_every_kind_of_attribute_is_shown() -> None:
     tensor = ir.tensor([1, 2], ir.DataType.INT4)
     kind = ir.TypeAndShape(ir.SequenceType(ir.TensorType(ir.DataType.FLOAT)), ir.Shape([2, None]))
-    graph = mlp((2, 2)).graph
+    graphs = [parsed("one (float[2] x) => (y) { y = Relu (x) }").graph for _ in range(3)]
     attributes = [
         ir.AttrInt64("int", -3),
         ir.AttrInt64s("ints", [1, 2]),
@@ -277,8 +365,8 @@ def test_every_kind_of_attribute_comes_back() -> None:
         ir.AttrTensor("tensor", tensor),
         ir.AttrTensors("tensors", [tensor, tensor]),
         ir.AttrTensors("no_tensors", []),
-        ir.AttrGraph("graph", graph),
-        ir.AttrGraphs("graphs", [mlp((2, 2)).graph, mlp((2, 2)).graph]),
+        ir.AttrGraph("graph", graphs[0]),
+        ir.AttrGraphs("graphs", graphs[1:]),
         ir.AttrGraphs("no_graphs", []),
         ir.AttrTypeProto("type", kind),
         ir.AttrTypeProtos("types", [kind, kind]),
@@ -289,17 +377,10 @@ def test_every_kind_of_attribute_comes_back() -> None:
     model = ir.Model(
         ir.Graph([], node.outputs, nodes=[node], opset_imports={"": 21}), ir_version=10
     )
-    parsed = round_trip(model).graph[0].attributes
-    assert set(parsed) == set(node.attributes)
-    for attribute in attributes:
-        assert parsed[attribute.name].type == attribute.type
-    for name in ("int", "ints", "no_ints", "no_floats", "string", "bytes", "strings", "no_strings"):
-        assert parsed[name].value == node.attributes[name].value
-    assert parsed["float"].value == np.float32(0.1)
-    assert parsed["ref"].ref_attr_name == "outer"
+    assert to_text(model, weights=True).partition("  %y = ")[2] == ATTRIBUTES
 
 
-def test_types_of_any_nesting_come_back() -> None:
+def test_types_of_any_nesting_are_shown() -> None:
     tensor = ir.TensorType(ir.DataType.STRING)
     kinds: list[ir.TypeProtocol | None] = [
         None,
@@ -310,22 +391,35 @@ def test_types_of_any_nesting_come_back() -> None:
     shapes = [None, ir.Shape([]), ir.Shape(["2*n", "two words", None, 7])]
     pairs = list(itertools.product(kinds, shapes))
     values = [ir.Value(name=f"v{i}", type=t, shape=s) for i, (t, s) in enumerate(pairs)]
-    parsed = round_trip(ir.Model(ir.Graph(values, values, nodes=[]), ir_version=10))
-    for value, (kind, shape) in zip(parsed.graph.inputs, pairs, strict=True):
-        assert value.type == kind
-        assert value.shape == shape
+    text = to_text(ir.Model(ir.Graph(values, values, nodes=[]), ir_version=10))
+    assert re.findall("  input (.*)\n", text) == [
+        "%v0",
+        "%v1: ?[]",
+        '%v2: ?["2*n", "two words", ?, 7]',
+        "%v3: s[*]",
+        "%v4: s[]",
+        '%v5: s["2*n", "two words", ?, 7]',
+        "%v6: seq(optional(s[*]))",
+        "%v7: seq(optional(s[]))",
+        '%v8: seq(optional(s["2*n", "two words", ?, 7]))',
+        "%v9: sparse(i8[*])",
+        "%v10: sparse(i8[])",
+        '%v11: sparse(i8["2*n", "two words", ?, 7])',
+    ]
 
 
 def test_an_initializer_can_be_the_default_of_an_input() -> None:
-    text = """graph {
-      input %"my w": f32[1]
-      weight %"my w" = f32[1] {2.0}
-      output %"my w": f32[1]
-    }"""
-    model = from_text(text)
-    value = model.graph.initializers["my w"]
-    assert value is model.graph.inputs[0] is model.graph.outputs[0]
-    round_trip(model)
+    value = ir.val("my w", ir.DataType.FLOAT, [1])
+    value.const_value = ir.tensor([2.0], name="my w")
+    graph = ir.Graph([value], [value], nodes=[], initializers=[value], name="g")
+    text = printed(ir.Model(graph, ir_version=10))
+    assert text.endswith("""
+graph g {
+  input %"my w": f32[1]
+  weight %"my w" = f32[1] {2.0}
+  output %"my w": f32[1]
+}
+""")
 
 
 GROUPS = st.one_of(st.none(), st.text(min_size=1))
@@ -346,14 +440,18 @@ SPECS = st.builds(
 
 
 @given(SPECS, SPECS)
-def test_specs_come_back(on_value: QuantSpec, on_use: QuantSpec) -> None:
+def test_specs_are_shown(on_value: QuantSpec, on_use: QuantSpec) -> None:
     assert QuantSpec.parse(str(on_value)) == on_value
     model = mlp((2, 2))
     model.graph.inputs[0].meta["qgraph.spec"] = on_value
     model.graph[0].meta["qgraph.in"] = {1: on_use}
-    parsed = from_text(to_text(model))
-    assert parsed.graph.inputs[0].meta["qgraph.spec"] == on_value
-    assert parsed.graph[0].meta["qgraph.in"] == {1: on_use}
+    text = to_text(model)
+    for found, spec in (
+        (re.search(r"input %x: f32\[batch, 2\] <(.*)>\n", text), on_value),
+        (re.search(r"MatMul\(%x, %w0 <(.*)>\)\n", text), on_use),
+    ):
+        assert found
+        assert QuantSpec.parse(shown(found[1])) == spec
 
 
 @pytest.mark.parametrize(
@@ -364,45 +462,6 @@ def test_misspelt_specs_are_refused(text: str) -> None:
         QuantSpec.parse(text)
 
 
-BODY = "graph g {\n  input %x: f32[2]\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "line 1: the text has no graph"),
-        ("model {", "line 1: expected 'graph', 'function' or a field"),
-        ("graph g {\n", "line 2: expected a value, found 'the end of the text'"),
-        (BODY + "  %y = Relu(%z)\n}", "line 3: '%z' is used but not defined above"),
-        (BODY + "  %x = Relu(%x)\n}", "line 3: '%x' is defined twice"),
-        (BODY + "  %y = Relu(%x\n}", "line 4: expected ',', found '}'"),
-        (BODY + "  %y: f99[2] = Relu(%x)\n}", "line 3: unknown dtype 'f99'"),
-        (BODY + "  %y <int8> = Relu(%x)\n}", "line 3: 'int8' is not a quantization"),
-        (BODY + "  weight %w = f32[2] {1.0}\n}", r"line 3: the data does not fit f32\[2\]"),
-        (BODY + "  weight %w = i4[1] {8}\n}", "line 3: .*: a number is out of range"),
-        (BODY + "  weight %w = u8[1] {300}\n}", r"line 3: the data does not fit u8\[1\]"),
-        (BODY + '  weight %w = u8[1] {base64 "?"}\n}', r"line 3: the data does not fit u8\[1\]"),
-        (
-            BODY + "  weight %w = f32[n] {1.0}\n}",
-            "line 3: a tensor needs a dtype and a static shape",
-        ),
-        (
-            BODY + "  weight %w = f32[9] {#0123abcd}\n}",
-            "line 3: .* print the model with weights=True",
-        ),
-        (BODY + "  %y = Foo(%x) {a = [1, 2.0]}\n}", "line 3: a list needs items of one kind"),
-        (BODY + "  %y = Foo(%x) {a = []}\n}", "line 3: a list needs items of one kind"),
-        (BODY + "  %y = Foo(%x) {a = $b: c}\n}", "line 3: 'c' is not a kind of attribute"),
-        (BODY + '  %y = Foo(%x) {a = "\\q"}\n}', "line 3: .* is not a string"),
-        (BODY + "  opset 1.5\n}", "line 3: expected an integer"),
-        (BODY + "  ^\n}", r"line 3: expected a value, found '\^'"),
-    ],
-)
-def test_errors_give_the_line(text: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        from_text(text)
-
-
 def test_an_initializer_without_data_is_refused() -> None:
     model = mlp((2, 2))
     model.graph.initializers["w0"].const_value = None
@@ -410,18 +469,12 @@ def test_an_initializer_without_data_is_refused() -> None:
         to_text(model)
 
 
-@given(st.text(alphabet='%@#<>{}[]()=,:!$"\\_ab1.\n /', max_size=40))
-def test_garbage_is_refused_cleanly(garbage: str) -> None:
-    with pytest.raises(ModelError, match=r"^line \d+: "):
-        from_text(BODY + garbage + " ^")
-
-
 @pytest.mark.parametrize("folder", ["simple", "pytorch-operator"])
 def test_models_of_the_onnx_package(folder: str) -> None:
     paths = sorted((ONNX_DATA / folder).glob("*/model.onnx"))
     assert paths
     for path in paths:
-        round_trip(ir.load(path))
+        printed(ir.load(path))
 
 
 def _node_cases() -> Iterator[Any]:
@@ -432,38 +485,22 @@ def _node_cases() -> Iterator[Any]:
         yield from collect_testcases(None)
 
 
-def _same(old: Any, new: Any) -> bool:
-    if isinstance(old, list):
-        return len(old) == len(new) and all(map(_same, old, new))
-    if old is None:
-        return new is None
-    return old.dtype == new.dtype and np.array_equal(old, new, equal_nan=old.dtype.kind == "f")
-
-
 @pytest.mark.slow
-def test_every_node_case_of_onnx_computes_the_same() -> None:
-    ran = 0
+def test_every_node_case_of_onnx_prints_the_same_when_loaded_again() -> None:
+    count = 0
     for case in _node_cases():
-        model = ir.from_proto(case.model)
-        parsed = round_trip(model)
-        names = [value.name for value in case.model.graph.input]
-        inputs = dict(zip(names, case.data_sets[0][0], strict=False))
-        try:
-            expected = run(open_session(model, optimized=False, threads=1), inputs)
-        except Exception:
-            continue  # onnxruntime does not have every operator
-        assert _same(expected, run(open_session(parsed, optimized=False, threads=1), inputs)), (
-            case.name
-        )
-        ran += 1
-    assert ran > 1000
+        printed(ir.from_proto(case.model))
+        count += 1
+    assert count > 1000
 
 
 @pytest.mark.slow
 def test_large_models_of_the_onnx_package() -> None:
     for folder, pattern in (("light", "*.onnx"), ("pytorch-converted", "*/model.onnx")):
         for path in sorted((ONNX_DATA / folder).glob(pattern)):
-            round_trip(ir.load(path))
+            model = ir.load(path)
+            model.model_version = model.model_version or None  # 0 is not saved
+            printed(model)
 
 
 def test_printing_does_not_depend_on_how_the_model_was_made() -> None:
