@@ -28,7 +28,7 @@ from qgraph.backends import get_target
 from qgraph.calibration.capture import captured
 from qgraph.graph.annotation import calibrated_stats, product_groups, stats_of
 from qgraph.pipeline.pass_manager import Pass
-from qgraph.recipes.eight_bits import w8a8
+from qgraph.recipes.transformers import w8a8
 
 ALPHA, CHUNKS, TOKENS = 0.5, 8, 256
 KINDS = {

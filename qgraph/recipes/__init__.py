@@ -3,58 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import get_type_hints
 
 from qgraph.errors import QGraphError
-from qgraph.recipes.eight_bits import dynamic, fp8, llm_int8, smoothquant, static, w8a8, zeroquant
-from qgraph.recipes.four_bits import adaround, autoround, awq, checkpoint, fp4, gptq, hqq, nf4, rtn
-from qgraph.recipes.qat import qat
-from qgraph.recipes.recipe import FLOAT_STAGE, Recipe
 
-__all__ = [
-    "FLOAT_STAGE",
-    "RECIPES",
-    "Recipe",
-    "adaround",
-    "autoround",
-    "awq",
-    "checkpoint",
-    "dynamic",
-    "fp4",
-    "fp8",
-    "get_recipe",
-    "gptq",
-    "hqq",
-    "llm_int8",
-    "nf4",
-    "qat",
-    "rtn",
-    "smoothquant",
-    "static",
-    "w8a8",
-    "zeroquant",
-]
+# In the order in which users see the recipes: each module lists its own when it is loaded.
+from qgraph.recipes import eight_bits, qat, transformers, weight_only  # noqa: F401
+from qgraph.recipes.recipe import RECIPES, Recipe
 
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    "static": static,
-    "dynamic": dynamic,
-    "qat": qat,
-    "llm-int8": llm_int8,
-    "smoothquant": smoothquant,
-    "zeroquant": zeroquant,
-    "w8a8": w8a8,
-    "rtn": rtn,
-    "gptq": gptq,
-    "awq": awq,
-    "adaround": adaround,
-    "autoround": autoround,
-    "hqq": hqq,
-    "nf4": nf4,
-    "fp4": fp4,
-    "fp8": fp8,
-    "checkpoint": checkpoint,
-}
+__all__ = ["RECIPES", "Recipe", "get_recipe"]
 
 
 def get_recipe(name: str, parameters: dict[str, object]) -> Recipe:

@@ -7,19 +7,15 @@ from typing import Literal, get_args
 
 from qgraph.errors import QGraphError
 from qgraph.graph.sites import CONVOLUTIONS, PRODUCTS
-from qgraph.numerics.spec import SMALL_INTEGERS
 from qgraph.passes.annotate import Annotate, Rule
-from qgraph.passes.convert_opset import ConvertOpset
-from qgraph.passes.fold_qdq import FoldQDQ
-from qgraph.passes.insert_qdq import InsertQDQ
-from qgraph.passes.lower import Lower
 from qgraph.pipeline.pass_manager import Pass
-from qgraph.recipes.recipe import FLOAT_STAGE, Recipe
+from qgraph.recipes.recipe import FLOAT_STAGE, Recipe, commit, listed, small_integers
 from qgraph.recipes.specs import checked_group_size, few_bits, int8_weight
 
 TrainingScheme = Literal["static", "dynamic", "weights"]
 
 
+@listed
 def qat(
     *,
     bits: int = 4,
@@ -56,5 +52,5 @@ def qat(
         products = Rule(PRODUCTS, few_bits(bits, group_size, True, "mse"))
         convolutions = Rule(CONVOLUTIONS, weight)
         rules = (*rules, products, convolutions)
-        annotate = ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=rules, weight=weight)
-    return Recipe("qat", (*FLOAT_STAGE, *annotate, InsertQDQ(), FoldQDQ(), Lower()), trains=True)
+        annotate = small_integers(rules, weight)
+    return Recipe("qat", (*FLOAT_STAGE, *annotate, *commit(tables=False)), trains=True)

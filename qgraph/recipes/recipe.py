@@ -1,10 +1,22 @@
-"""A recipe, and what recipes have in common."""
+"""What a recipe is, and what recipes have in common.
+
+A recipe is a function whose keywords are its parameters and whose result is a pipeline::
+
+    @listed
+    def dynamic(*, bits: int = 8, rules: Sequence[Rule] = ()) -> Recipe:
+        annotate = Annotate("dynamic", rules=tuple(rules), weight=int8_weight(bits))
+        return Recipe("dynamic", (*FLOAT_STAGE, annotate, *commit()))
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from qgraph.errors import QGraphError
+from qgraph.numerics.spec import SMALL_INTEGERS, WEIGHT, QuantSpec
+from qgraph.passes.annotate import Annotate, Rule
 from qgraph.passes.balance_tables import BalanceTables
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.convert_opset import ConvertOpset
@@ -47,11 +59,35 @@ class Recipe:
         return replace(self, passes=(*self.passes[:at], new, *self.passes[at:]))
 
 
+_Make = TypeVar("_Make", bound=Callable[..., Recipe])
+RECIPES: dict[str, Callable[..., Recipe]] = {}
+"""The recipes by name, in the order in which users see them."""
+
+
+def listed(make: _Make) -> _Make:
+    """A decorator: puts a function that makes a recipe into :data:`RECIPES`."""
+    RECIPES[make.__name__.replace("_", "-")] = make
+    return make
+
+
 FLOAT_STAGE: tuple[Pass, ...] = (Canonicalize(), FoldBatchNorm(), Fuse(), ConvertOpset(13))
 """What every recipe starts with: the graph made uniform, still float."""
 
 
-def commit(*rounding: Pass) -> tuple[Pass, ...]:
-    """From annotations to the target, through passes that round weights themselves. A table tied
-    to a product must be found before they do."""
-    return BalanceTables(), *rounding, InsertQDQ(), FoldQDQ(), Lower()
+def small_integers(rules: Sequence[Rule], weight: QuantSpec = WEIGHT) -> tuple[Pass, ...]:
+    """Annotation by these rules, in an opset that has blocks and integers of few bits."""
+    return ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=tuple(rules), weight=weight)
+
+
+def commit(
+    *rounding: Pass, tables: bool = True, rewrites: tuple[Pass, ...] = ()
+) -> tuple[Pass, ...]:
+    """What every recipe ends with: from annotations to integers in the target's operators.
+
+    Args:
+        rounding: passes that round weights themselves.
+        tables: look for tables tied to a product first, while both weights are still float.
+        rewrites: of the graph with its integers, before the target has its turn.
+    """
+    balance = (BalanceTables(),) if tables else ()
+    return *balance, *rounding, InsertQDQ(), FoldQDQ(), *rewrites, Lower()

@@ -47,10 +47,16 @@ def few_bits(bits: int, group_size: int, symmetric: bool, observer: WeightRange)
     )
 
 
-def _in_groups(bits: int, group_size: int | Literal["auto"]) -> QuantSpec:
+def in_groups(bits: int, group_size: int | Literal["auto"]) -> QuantSpec:
+    """Integers of 2 to 8 bits in blocks of rows, unless 8 bits do without or the size is 0."""
     weight = int8_weight(bits)
     if bits < 8:
         dtype = ir.DataType.INT4 if bits <= 4 else ir.DataType.INT8
         weight = weight.with_(dtype=dtype, bits=0 if bits == 4 else bits, observer="absmax")
     size = (64 if bits < 8 else 0) if group_size == "auto" else checked_group_size(group_size)
     return weight.with_(granularity=PerBlock(0, size)) if size else weight
+
+
+def int8_blocks(size: int) -> QuantSpec:
+    """Data rounded to int8 at run time, with a scale for each block of each token."""
+    return QuantSpec(ir.DataType.INT8, PerBlock(-1, size), observer="dynamic")

@@ -24,7 +24,7 @@ from qgraph.passes.smooth import Smooth
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.target import Target
 from qgraph.recipes import get_recipe
-from qgraph.recipes.eight_bits import zeroquant
+from qgraph.recipes.transformers import zeroquant
 from tests.models import feed, outputs, transformer_block
 from tests.pipelines import CPU, ONNX, TARGETS, apply, both, specs
 

@@ -33,8 +33,8 @@ from qgraph.passes.lower import Lower
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Pass
 from qgraph.recipes import get_recipe
-from qgraph.recipes.eight_bits import w8a8
-from qgraph.recipes.four_bits import rtn
+from qgraph.recipes.transformers import w8a8
+from qgraph.recipes.weight_only import rtn
 from qgraph.weights.formats import rounded_weight
 from tests.models import build, feed, if_model, mlp, ops, outputs, weight
 from tests.pipelines import (

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from qgraph.numerics.noise import sqnr_db
-from qgraph.recipes.four_bits import awq, gptq, hqq, rtn
 from qgraph.recipes.recipe import Recipe
+from qgraph.recipes.weight_only import awq, gptq, hqq, rtn
 from tests.models import build, ops, outputs, weight
 from tests.pipelines import ONNX, Shipped, apply, body, both, golden
 

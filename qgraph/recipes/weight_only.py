@@ -1,9 +1,8 @@
-"""Recipes of few bits for the weights alone."""
+"""Recipes that round the weights, and data only where a kernel wants it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, get_args
 
 import onnx_ir as ir
@@ -11,26 +10,33 @@ import onnx_ir as ir
 from qgraph.errors import QGraphError
 from qgraph.graph.annotation import integers_of
 from qgraph.graph.sites import CONVOLUTIONS, PRODUCTS, Site
-from qgraph.numerics.spec import PER_TOKEN, SMALL_INTEGERS, WEIGHT, Codebook, PerBlock, QuantSpec
+from qgraph.numerics.spec import PER_TOKEN, WEIGHT, Codebook, PerAxis, PerBlock, QuantSpec
 from qgraph.passes.adaround import AdaRound
-from qgraph.passes.annotate import Annotate, Rule
+from qgraph.passes.annotate import Rule
 from qgraph.passes.autoround import AutoRound
 from qgraph.passes.awq import AWQ
-from qgraph.passes.balance_tables import BalanceTables
+from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.clip_weights import ClipWeights
-from qgraph.passes.convert_opset import ConvertOpset
-from qgraph.passes.fold_qdq import FoldQDQ
 from qgraph.passes.gptq import GPTQ
 from qgraph.passes.hqq import HQQ
-from qgraph.passes.insert_qdq import InsertQDQ
+from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.load_checkpoint import LoadCheckpoint
-from qgraph.passes.lower import Lower
 from qgraph.passes.use_bnb4 import UseBnb4
 from qgraph.pipeline.pass_manager import Pass
-from qgraph.recipes.recipe import FLOAT_STAGE, Recipe, commit
-from qgraph.recipes.specs import WeightRange, checked_group_size, few_bits, int8_weight
+from qgraph.recipes.recipe import FLOAT_STAGE, Recipe, commit, listed, small_integers
+from qgraph.recipes.specs import (
+    WeightRange,
+    checked_group_size,
+    few_bits,
+    int8_blocks,
+    int8_weight,
+)
+
+CodebookKernel = Literal["int8", "bnb4"]
+Float8 = Literal["e4m3", "e5m2"]
 
 
+@listed
 def rtn(
     *,
     bits: int = 4,
@@ -51,36 +57,12 @@ def rtn(
             to the last product is stored once with it.
         rules: which sites to treat otherwise.
     """
-    steps = _weight_only(bits, group_size, symmetric, observer, rules, embedding_bits)
-    return Recipe("rtn", (*FLOAT_STAGE, *steps, *commit()))
+    own = _weight_rules(bits, group_size, symmetric, observer, embedding_bits)
+    annotate = small_integers((*rules, *own))
+    return Recipe("rtn", (*FLOAT_STAGE, *annotate, *commit()))
 
 
-def awq(
-    *,
-    bits: int = 4,
-    group_size: int = 64,
-    symmetric: bool = True,
-    clip: bool = True,
-    embedding_bits: int = 8,
-    rules: Sequence[Rule] = (),
-) -> Recipe:
-    """Weights of 2 to 8 bits, scaled and clipped by what their outputs lose on calibration data.
-
-    Args:
-        bits: bits of the weights; 3 are stored and run as 4, which is all there is.
-        group_size: input channels that share a scale, 0 = all of them (per channel).
-        symmetric: without zero points.
-        clip: search the scale of each block, too; without it, weights are only multiplied.
-        embedding_bits: of lookup tables, as in `rtn`; they are rounded to nearest, and so is a last
-            product that is tied to one.
-        rules: which sites to treat otherwise.
-    """
-    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules, embedding_bits)
-    clipped = (ClipWeights(),) if clip else ()
-    steps = (*annotate, AWQ(), *commit(*clipped))
-    return Recipe("awq", (*FLOAT_STAGE, *steps), calibrates=True)
-
-
+@listed
 def gptq(
     *,
     bits: int = 4,
@@ -104,11 +86,41 @@ def gptq(
             product that is tied to one.
         rules: which sites to treat otherwise.
     """
-    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules, embedding_bits)
-    steps = (*annotate, *commit(GPTQ(act_order, damping)))
-    return Recipe("gptq", (*FLOAT_STAGE, *steps), calibrates=True)
+    own = _weight_rules(bits, group_size, symmetric, "absmax", embedding_bits)
+    annotate = small_integers((*rules, *own))
+    steps = (*FLOAT_STAGE, *annotate, *commit(GPTQ(act_order, damping)))
+    return Recipe("gptq", steps, calibrates=True)
 
 
+@listed
+def awq(
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    clip: bool = True,
+    embedding_bits: int = 8,
+    rules: Sequence[Rule] = (),
+) -> Recipe:
+    """Weights of 2 to 8 bits, scaled and clipped by what their outputs lose on calibration data.
+
+    Args:
+        bits: bits of the weights; 3 are stored and run as 4, which is all there is.
+        group_size: input channels that share a scale, 0 = all of them (per channel).
+        symmetric: without zero points.
+        clip: search the scale of each block, too; without it, weights are only multiplied.
+        embedding_bits: of lookup tables, as in `rtn`; they are rounded to nearest, and so is a last
+            product that is tied to one.
+        rules: which sites to treat otherwise.
+    """
+    own = _weight_rules(bits, group_size, symmetric, "absmax", embedding_bits)
+    annotate = small_integers((*rules, *own))
+    clipped = (ClipWeights(),) if clip else ()
+    steps = (*FLOAT_STAGE, *annotate, AWQ(), *commit(*clipped))
+    return Recipe("awq", steps, calibrates=True)
+
+
+@listed
 def adaround(
     *,
     bits: int = 4,
@@ -126,11 +138,13 @@ def adaround(
         steps: of learning, for each layer.
         rules: which sites to treat otherwise.
     """
-    annotate = _weights_alone(bits, group_size, symmetric, rules)
+    own = _weight_rules(bits, group_size, symmetric, "mse")
+    annotate = small_integers((*rules, *own, _convolutions(bits, symmetric)))
     passes = (*FLOAT_STAGE, *annotate, *commit(AdaRound(steps)))
     return Recipe("adaround", passes, calibrates=True)
 
 
+@listed
 def autoround(
     *,
     bits: int = 4,
@@ -148,11 +162,13 @@ def autoround(
         steps: of learning, for each block.
         rules: which sites to treat otherwise.
     """
-    annotate = _weights_alone(bits, group_size, symmetric, rules)
+    own = _weight_rules(bits, group_size, symmetric, "mse")
+    annotate = small_integers((*rules, *own, _convolutions(bits, symmetric)))
     passes = (*FLOAT_STAGE, *annotate, *commit(AutoRound(steps)))
     return Recipe("autoround", passes, calibrates=True)
 
 
+@listed
 def hqq(
     *,
     bits: int = 4,
@@ -171,11 +187,12 @@ def hqq(
             product that is tied to one.
         rules: which sites to treat otherwise.
     """
-    annotate = _weight_only(bits, group_size, symmetric, "absmax", rules, embedding_bits)
-    steps = (*annotate, *commit(HQQ()))
-    return Recipe("hqq", (*FLOAT_STAGE, *steps))
+    own = _weight_rules(bits, group_size, symmetric, "absmax", embedding_bits)
+    annotate = small_integers((*rules, *own))
+    return Recipe("hqq", (*FLOAT_STAGE, *annotate, *commit(HQQ())))
 
 
+@listed
 def nf4(
     *,
     group_size: int = 64,
@@ -196,9 +213,12 @@ def nf4(
             which other tools know, and which on CPUs is five times slower than float.
         rules: which sites to treat otherwise.
     """
-    return Recipe("nf4", _codebook("nf4", group_size, double_quant, observer, kernel, rules))
+    products = _codebook("nf4", group_size, double_quant, observer, kernel)
+    annotate = small_integers((*rules, products))
+    return Recipe("nf4", (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel))))
 
 
+@listed
 def fp4(
     *,
     group_size: int = 64,
@@ -216,9 +236,33 @@ def fp4(
         kernel: as in `nf4`.
         rules: which sites to treat otherwise.
     """
-    return Recipe("fp4", _codebook("fp4", group_size, double_quant, observer, kernel, rules))
+    products = _codebook("fp4", group_size, double_quant, observer, kernel)
+    annotate = small_integers((*rules, products))
+    return Recipe("fp4", (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel))))
 
 
+@listed
+def fp8(*, dtype: Float8 = "e4m3", activations: bool = False, rules: Sequence[Rule] = ()) -> Recipe:
+    """Weights, and data if wanted, as floats of 8 bits, for GPUs; on CPUs no faster than float.
+
+    Args:
+        dtype: `e4m3` has three bits of mantissa and reaches 448, `e5m2` two, and 57,344.
+        activations: also the data of products, with fixed scales; needs calibration.
+        rules: which sites to treat otherwise.
+    """
+    if dtype not in get_args(Float8):
+        raise QGraphError(f"dtype '{dtype}' is unknown: use one of e4m3, e5m2")
+    kind = ir.DataType.FLOAT8E4M3FN if dtype == "e4m3" else ir.DataType.FLOAT8E5M2
+    weight, data = QuantSpec(kind, PerAxis(0), observer="absmax"), QuantSpec(kind)
+    products = Rule(PRODUCTS, weight, (data, None) if activations else (None,))
+    others = Rule(CONVOLUTIONS, weight)
+    annotate = small_integers((*rules, products, others))
+    calibrate = (InsertObservers(), Calibrate()) if activations else ()
+    steps = (*FLOAT_STAGE, *annotate, *calibrate, *commit())
+    return Recipe("fp8", steps, calibrates=activations)
+
+
+@listed
 def checkpoint(
     *,
     path: str = "",
@@ -242,30 +286,36 @@ def checkpoint(
     """
     if kernel not in get_args(CodebookKernel):
         raise QGraphError(f"kernel '{kernel}' is unknown: use one of int8, bnb4")
-    sizes = (128, 64, 32, 16, 256)
-    blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
+    blocks = (int8_blocks(size) for size in (128, 64, 32, 16, 256))
     codes = Rule(PRODUCTS, WEIGHT, (None,), where=lambda site: _brought(site, codebook=True))
     own = Rule(PRODUCTS, WEIGHT, (*blocks, None), where=_brought)
     others = Rule((*PRODUCTS, *CONVOLUTIONS, "gather"), None, why="float in checkpoint")
-    for_exchange = kernel == "bnb4"
-    chosen = (*((codes,) if for_exchange else ()), own, *rules, *(() if bits else (others,)))
-    canonicalize, *fuse = FLOAT_STAGE
-    steps = (
-        canonicalize,
-        LoadCheckpoint(path, check),
-        *fuse,
-        ConvertOpset(SMALL_INTEGERS),
-        Annotate("dynamic", rules=chosen, weight=int8_weight(bits or 8)),
-        BalanceTables(),
-        InsertQDQ(),
-        FoldQDQ(),
-        *((UseBnb4(),) if for_exchange else ()),
-        Lower(),
-    )
-    return Recipe("checkpoint", steps)
+    first, last = (codes,) if kernel == "bnb4" else (), () if bits else (others,)
+    annotate = small_integers((*first, own, *rules, *last), int8_weight(bits or 8))
+    steps = (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel)))
+    return Recipe("checkpoint", steps).insert(LoadCheckpoint(path, check), before="fold-batch-norm")
 
 
-CodebookKernel = Literal["int8", "bnb4"]
+def _weight_rules(
+    bits: int, group_size: int, symmetric: bool, observer: WeightRange, embedding_bits: int = 8
+) -> tuple[Rule, ...]:
+    """Products of few bits for kernels that round activations in the same blocks, where there are
+    such kernels, and for float activations elsewhere; and lookup tables, if not of 8 bits."""
+    weight = few_bits(bits, group_size, symmetric, observer)
+    blocks = (int8_blocks(size) for size in ((group_size,) if group_size else (128, 64, 32)))
+    products = Rule(PRODUCTS, weight, (*blocks, PER_TOKEN, None), by_speed=True)
+    if embedding_bits == 8:
+        return (products,)
+    table = few_bits(embedding_bits, group_size or 128, symmetric, observer)
+    return Rule(("gather",), table), products
+
+
+def _convolutions(bits: int, symmetric: bool) -> Rule:
+    """Their weights in few bits, whose rounding is learned."""
+    weight = int8_weight(bits).with_(observer="mse")
+    if not symmetric:
+        weight = weight.with_(dtype=ir.DataType.UINT8, symmetric=False)
+    return Rule(CONVOLUTIONS, weight, (None,))
 
 
 def _codebook(
@@ -274,8 +324,8 @@ def _codebook(
     double: bool,
     observer: WeightRange,
     kernel: CodebookKernel,
-    rules: Sequence[Rule],
-) -> tuple[Pass, ...]:
+) -> Rule:
+    """Weights of 4 bits that are looked up."""
     size = checked_group_size(group_size)
     if not size:
         raise QGraphError(f"group_size=0 is not for {name}, which has blocks: use 16 and more")
@@ -285,50 +335,12 @@ def _codebook(
     weight = QuantSpec(
         ir.DataType.UINT4, PerBlock(0, size), observer=observer, codebook=name, double=double
     )
-    blocks = QuantSpec(ir.DataType.INT8, PerBlock(-1, size), observer="dynamic")
-    for_exchange = kernel == "bnb4"
-    products = Rule(PRODUCTS, weight, (None,) if for_exchange else (blocks, None))
-    annotate = ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, products))
-    bnb4 = (UseBnb4(),) if for_exchange else ()
-    return *FLOAT_STAGE, *annotate, BalanceTables(), InsertQDQ(), FoldQDQ(), *bnb4, Lower()
+    data = (None,) if kernel == "bnb4" else (int8_blocks(size), None)
+    return Rule(PRODUCTS, weight, data)
 
 
-def _weight_only(
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    observer: WeightRange,
-    rules: Sequence[Rule],
-    embedding_bits: int = 8,
-) -> tuple[Pass, ...]:
-    """Weights of few bits for kernels that round activations in the same blocks, where there are
-    such kernels, and for float activations elsewhere."""
-    weight = few_bits(bits, group_size, symmetric, observer)
-    sizes = (group_size,) if group_size else (128, 64, 32)
-    blocks = (QuantSpec(ir.DataType.INT8, PerBlock(-1, s), observer="dynamic") for s in sizes)
-    products = Rule(PRODUCTS, weight, (*blocks, PER_TOKEN, None), by_speed=True)
-    tables = _tables(embedding_bits, group_size, symmetric, observer)
-    return ConvertOpset(SMALL_INTEGERS), Annotate("dynamic", rules=(*rules, *tables, products))
-
-
-def _weights_alone(
-    bits: int, group_size: int, symmetric: bool, rules: Sequence[Rule]
-) -> tuple[Pass, ...]:
-    """Weights of few bits, those of convolutions too."""
-    opset, annotate = _weight_only(bits, group_size, symmetric, "mse", rules)
-    assert isinstance(annotate, Annotate)
-    weight = int8_weight(bits).with_(observer="mse")
-    if not symmetric:
-        weight = weight.with_(dtype=ir.DataType.UINT8, symmetric=False)
-    convolutions = Rule(CONVOLUTIONS, weight, (None,))
-    return opset, replace(annotate, rules=(*annotate.rules, convolutions))
-
-
-def _tables(bits: int, group_size: int, symmetric: bool, observer: WeightRange) -> tuple[Rule, ...]:
-    """A rule for lookup tables of fewer than 8 bits, which are in blocks."""
-    if bits == 8:
-        return ()
-    return (Rule(("gather",), few_bits(bits, group_size or 128, symmetric, observer)),)
+def _exchange(kernel: CodebookKernel) -> tuple[Pass, ...]:
+    return (UseBnb4(),) if kernel == "bnb4" else ()
 
 
 def _brought(site: Site, codebook: bool = False) -> bool:
