@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qgraph.backends import unknown
 from qgraph.backends.lowering.functions import inline_functions
 from qgraph.backends.lowering.products import lower_products
 from qgraph.backends.lowering.shield import shield_float
@@ -13,9 +14,11 @@ from qgraph.backends.lowering.tables import lower_tables
 from qgraph.graph.ops import MOVES
 from qgraph.graph.reading import is_op
 from qgraph.graph.sites import Site
+from qgraph.io.session import open_session
 from qgraph.numerics.spec import PerBlock, PerTensor, QuantSpec
-from qgraph.pipeline.context import Context
-from qgraph.pipeline.target import Verdict
+from qgraph.pipeline.target import Purpose, Verdict
+
+TARGETS = (("onnx", "standard operators only, for any runtime that reads ONNX"),)
 
 GLUE = MOVES | {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool"}
 
@@ -35,9 +38,9 @@ class OnnxTarget:
     """The result may meet an x86 CPU whose u8·s8 products saturate."""
     measured: bool = False
 
-    def supports(
-        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
-    ) -> Verdict:
+    open_session = staticmethod(open_session)
+
+    def supports(self, site: Site, activation: QuantSpec | None, weight: QuantSpec) -> Verdict:
         dynamic = activation is not None and activation.dynamic
         if isinstance(weight.granularity, PerBlock) and weight.width > 4 and dynamic:
             return Verdict(False, "no runtime multiplies 8-bit blocks by rounded data as integers")
@@ -55,8 +58,24 @@ class OnnxTarget:
     def supports_glue(self, node: ir.Node) -> bool:
         return is_op(node, *GLUE)
 
-    def legalize(self, model: ir.Model, context: Context) -> bool:
+    def legalize(self, model: ir.Model) -> bool:
         changed = lower_tables(model)
         changed |= lower_products(model, "standard")
         changed |= shield_float(model)
         return inline_functions(model) or changed
+
+
+def make(name: str, optimize_for: Purpose = "both") -> OnnxTarget:
+    """The target called `onnx`, which is the same whatever the model is optimized for.
+
+    Raises:
+        QGraphError: it has another name.
+    """
+    if name != "onnx":
+        raise unknown(name)
+    return OnnxTarget()
+
+
+def describe() -> str:
+    """Nothing: what the result will run on is not known."""
+    return ""

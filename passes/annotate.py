@@ -224,16 +224,15 @@ class Annotate(Pass):
             return
         reasons: dict[QuantSpec, str] = {}
         found: list[tuple[QuantSpec, QuantSpec | None, Verdict]] = []
-        compares = rule.by_speed and context.optimize_for != "both"
         for weight, activation in product(_own(rule.weight, site), rule.activations or (None,)):
-            if found and (not compares or weight != found[0][0]):
+            if found and (not rule.by_speed or _is_mean(found[0][2]) or weight != found[0][0]):
                 break
             if inside and activation is not None and not activation.dynamic:
                 verdict = Verdict(False, "calibration cannot look into bodies of control flow")
             elif lacking := _unwritable(weight, activation, site, version):
                 verdict = Verdict(False, lacking)
             else:
-                verdict = context.target.supports(site, activation, weight, context)
+                verdict = context.target.supports(site, activation, weight)
             if verdict.ok:
                 found.append((weight, activation, verdict))
             else:
@@ -254,6 +253,11 @@ class Annotate(Pass):
         context.remark(
             "quantized", self.name, site.name, op, describe(activation, weight), **numbers
         )
+
+
+def _is_mean(verdict: Verdict) -> bool:
+    """Whether its speedup is that of prompts and of single tokens in one: such do not compare."""
+    return verdict.slowest < float("inf")
 
 
 def _tell_what_is_slow(context: Context) -> None:

@@ -89,7 +89,7 @@ class GuardStatic(Pass):
             return False
         retract(site)
         coarse = "one scale a run is" if dynamic else "static ones are"
-        verdict = context.target.supports(site, PER_TOKEN, weight, context)
+        verdict = context.target.supports(site, PER_TOKEN, weight)
         if not verdict.ok:
             why = f"float activations: {coarse} too coarse for most tokens; {verdict.reason}"
             context.remark("float", self.name, site.name, op, why, median_token_db=sqnr)

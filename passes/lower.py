@@ -32,6 +32,6 @@ class Lower(Pass):
     provides: ClassVar[frozenset[Stage]] = frozenset({Stage.LOWERED})
 
     def run(self, model: ir.Model, context: Context) -> bool:
-        changed = context.target.legalize(model, context)
+        changed = context.target.legalize(model)
         remove_dead(model)
         return changed

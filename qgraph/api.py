@@ -21,7 +21,7 @@ from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import PassManager
 from qgraph.pipeline.progress import Progress, silent
 from qgraph.pipeline.remarks import Remarks
-from qgraph.pipeline.target import Target
+from qgraph.pipeline.target import Purpose, Target
 from qgraph.recipes import get_recipe
 from qgraph.recipes.recipe import Recipe
 from qgraph.report.bench import cpu_ratio
@@ -71,7 +71,8 @@ def compile(
         cache: folder in which calibration statistics are kept between runs.
         max_memory: bytes to stay within: histograms of large activations are collected in several
             runs of each feed, so that a quarter of it holds them.
-        optimize_for: which runs of a language model decide between lowerings.
+        optimize_for: which runs of a language model decide between lowerings. Beside a target
+            object it is refused: that has its own.
         verify: hold every pass to its contract with probe inputs.
         progress: display for long loops, see :mod:`qgraph.cli.progress`.
         **parameters: of the recipe.
@@ -79,7 +80,7 @@ def compile(
     Raises:
         QGraphError: what was given cannot be used; one line that says what to do.
     """
-    aim = get_target(target) if isinstance(target, str) else target
+    aim = _aim(target, optimize_for)
     trained = _in_training(model)
     if trained is None:
         chosen, source = _chosen(recipe, parameters), _source(model, example_inputs, dynamic_shapes)
@@ -100,16 +101,17 @@ def compile(
         progress=progress or silent,
         cache=Path(cache) if cache is not None else None,
         max_memory=max_memory,
-        optimize_for=optimize_for,
     )
     result = copied(source) if trained is None else trained.annotated()
     given = frozenset(stages_of(result))
     PassManager(chosen.passes, verify=verify, given=given).run(result, context)
     if aim.measured:
         _compare_speed(source, result, context)
-    return CompiledModel(
+    compiled = CompiledModel(
         result, context.remarks, recipe=chosen.name, target=aim.name, source=source
     )
+    compiled.open_session = aim.open_session
+    return compiled
 
 
 def prepare_qat(
@@ -160,6 +162,17 @@ def prepare_qat(
     return prepare(source, chosen, learn_scales=learn_scales, observe=observe, seed=seed)
 
 
+def _aim(target: str | Target, optimize_for: Purpose) -> Target:
+    if isinstance(target, str):
+        return get_target(target, optimize_for)
+    if optimize_for != "both":
+        raise QGraphError(
+            "'optimize_for' cannot be set on a Target object: make it with that value, "
+            f"get_target(name, optimize_for='{optimize_for}')"
+        )
+    return target
+
+
 def _chosen(recipe: str | Recipe, parameters: dict[str, Any]) -> Recipe:
     if not isinstance(recipe, Recipe):
         return get_recipe(recipe, parameters)
@@ -203,7 +216,7 @@ def _compare_speed(source: ir.Model, result: ir.Model, context: Context) -> None
         return
     try:
         feed = first_feed(source, context.calibration, context.seed)
-        speedup = cpu_ratio(source, result, feed)
+        speedup = cpu_ratio(source, result, feed, open_session=context.target.open_session)
     except Exception as error:  # a random feed may not fit the model, or an operator be unknown
         reason = str(error).splitlines()[0]
         context.remark("note", "compile", "", "", f"speed was not compared with float: {reason}")

@@ -16,7 +16,7 @@ from qgraph.io.feeds import Feed
 from qgraph.io.kv_cache import complete_feed, required_inputs
 from qgraph.io.models import save
 from qgraph.io.random_feed import first_feed
-from qgraph.io.session import open_session
+from qgraph.io.session import OpenSession, open_session
 from qgraph.pipeline.remarks import Remarks
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class CompiledModel:
         remarks: what happened to every site, and why.
         recipe, target: names of what it was compiled with.
         source: the float model it came from, or None.
+        open_session: how its target opens sessions; `compile` puts that here.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class CompiledModel:
         self.remarks = remarks
         self.recipe = recipe
         self.target = target
+        self.open_session: OpenSession = open_session
 
     @cached_property
     def session(self) -> Any:
         """The `onnxruntime.InferenceSession` behind calls, opened on first use."""
-        return open_session(self.model)
+        return self.open_session(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
@@ -109,7 +111,7 @@ class CompiledModel:
         Returns:
             the path written.
         """
-        save(self.model, path)
+        save(self.model, path, open_session=self.open_session)
         return Path(path)
 
     def benchmark(
@@ -133,7 +135,7 @@ class CompiledModel:
         rivals = [*([self.source] if self.source is not None else []), self, *others]
         models = [m.model if isinstance(m, CompiledModel) else m for m in rivals]
         given = list(feeds) if feeds is not None else [first_feed(self.model, None, 0)]
-        return benchmark(models, given, rounds=rounds)
+        return benchmark(models, given, rounds=rounds, open_session=self.open_session)
 
     def __repr__(self) -> str:
         title = f"CompiledModel(recipe={self.recipe!r}, target={self.target!r})"

@@ -46,10 +46,8 @@ class Shipped(CpuTarget):
     def measured(self) -> bool:
         return False
 
-    def supports(
-        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
-    ) -> Verdict:
-        return replace(super().supports(site, activation, weight, context), conversions=0.0)
+    def supports(self, site: Site, activation: QuantSpec | None, weight: QuantSpec) -> Verdict:
+        return replace(super().supports(site, activation, weight), conversions=0.0)
 
 
 ONNX, CPU = OnnxTarget(), Shipped()

@@ -142,8 +142,7 @@ def test_the_rule_knows_a_wrong_import(module: str, imported: str) -> None:
 def test_no_import_goes_in_a_circle() -> None:
     graph = _graph()
     # A package that lists its modules, which import siblings, is no circle that matters.
-    graph.remove_nodes_from([m for m in graph if m in ("passes", "backends")])
-    graph.remove_edge("pipeline.target", "pipeline.context")  # goes with `optimize_for`
+    graph.remove_node("passes")
     assert nx.is_directed_acyclic_graph(graph), nx.find_cycle(graph)
 
 

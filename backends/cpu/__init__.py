@@ -5,12 +5,21 @@ from __future__ import annotations
 from qgraph.backends.cpu.isa import ISAS, host_isa, host_model
 from qgraph.backends.cpu.target import SHIPPED, CpuTarget, host_table
 from qgraph.errors import QGraphError
+from qgraph.pipeline.target import Purpose
 
-__all__ = ["SHIPPED", "CpuTarget", "describe", "host_table", "make"]
+__all__ = ["SHIPPED", "TARGETS", "CpuTarget", "describe", "host_table", "make"]
+
+TARGETS = (
+    ("cpu", "stock onnxruntime on this machine; kernels are chosen by measuring them here"),
+    *((f"cpu:{isa}", f"stock onnxruntime on another CPU with {isa}") for isa in ISAS),
+)
 
 
-def make(name: str) -> CpuTarget:
+def make(name: str, optimize_for: Purpose = "both") -> CpuTarget:
     """The target called `cpu` or `cpu:<isa>`.
+
+    Args:
+        optimize_for: the numbers of rows that count, see :data:`target.ROWS`.
 
     Raises:
         QGraphError: no such instruction set.
@@ -20,7 +29,7 @@ def make(name: str) -> CpuTarget:
         raise QGraphError(
             f"unknown target '{name}': use cpu or one of {', '.join('cpu:' + i for i in ISAS)}"
         )
-    return CpuTarget(name, isa or host_isa())
+    return CpuTarget(name, isa or host_isa(), optimize_for)
 
 
 def describe() -> str:

@@ -25,16 +25,16 @@ from qgraph.backends.lowering.tables import lower_tables
 from qgraph.graph.ops import MOVES
 from qgraph.graph.reading import attribute, dims, is_op
 from qgraph.graph.sites import Site
+from qgraph.io.session import open_session
 from qgraph.numerics.spec import FLOAT8, PerBlock, PerToken, QuantSpec
-from qgraph.pipeline.context import Context
-from qgraph.pipeline.target import Verdict
+from qgraph.pipeline.target import Purpose, Verdict
 
 GLUE = MOVES | {
     "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu",
 }  # fmt: skip
 """Operators between quantized ones for which onnxruntime has integer kernels on CPU."""
 
-ROWS = {"prompt": (128,), "decode": (1,), "both": (1, 128)}
+ROWS: dict[Purpose, tuple[int, ...]] = {"prompt": (128,), "decode": (1,), "both": (1, 128)}
 """Rows of a product that count, by what the model is optimized for."""
 PIXELS = 196
 MARGIN = 1.02
@@ -80,10 +80,14 @@ class CpuTarget:
     Attributes:
         name: `cpu` or `cpu:<isa>`.
         isa: one of :data:`isa.ISAS`.
+        optimize_for: which numbers of rows count, see :data:`ROWS`.
     """
 
     name: str = "cpu"
     isa: str = field(default_factory=host_isa)
+    optimize_for: Purpose = "both"
+
+    open_session = staticmethod(open_session)
 
     @property
     def saturates(self) -> bool:
@@ -94,9 +98,7 @@ class CpuTarget:
         """Whether verdicts come from this machine."""
         return self.isa == host_isa()
 
-    def supports(
-        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
-    ) -> Verdict:
+    def supports(self, site: Site, activation: QuantSpec | None, weight: QuantSpec) -> Verdict:
         if site.kind == "gather" and isinstance(weight.granularity, PerBlock):
             size = weight.granularity.size
             known = weight.width <= 8 and size in INT8_BLOCKS[4]
@@ -104,7 +106,7 @@ class CpuTarget:
         if site.kind == "gather" and activation is None:
             return Verdict(True, "rows are dequantized as they are gathered")
         if activation is not None and isinstance(activation.granularity, PerBlock):
-            return self._blocks(site, activation.granularity, weight, context)
+            return self._blocks(site, activation.granularity, weight)
         if weight.dtype in FLOAT8 or (activation is None and weight.codebook):
             return Verdict(True, "computed in float, as fast as float")
         if activation is None:
@@ -124,7 +126,7 @@ class CpuTarget:
                 k = n
         if site.kind == "conv":
             return self._convolution(lowering, k, n)
-        speedup = _mean(self._speedups(Case(lowering, k, n, 0), context))
+        speedup = _mean(self._speedups(Case(lowering, k, n, 0)))
         where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
         if speedup < MARGIN:
             return Verdict(
@@ -132,7 +134,7 @@ class CpuTarget:
             )
         return Verdict(True, f"{speedup:.2f}x float {where}", speedup)
 
-    def _blocks(self, site: Site, blocks: PerBlock, weight: QuantSpec, context: Context) -> Verdict:
+    def _blocks(self, site: Site, blocks: PerBlock, weight: QuantSpec) -> Verdict:
         """A product of activations in blocks and weights in the same ones, on MatMulNBits."""
         k, n = site.kn
         size, own = blocks.size, weight.granularity
@@ -144,7 +146,7 @@ class CpuTarget:
         if bits is None:
             known = ", ".join(map(str, INT8_BLOCKS[8]))
             return Verdict(False, f"blocks of {size} have no kernel: only those of {known}")
-        speedups = self._speedups(Case("blocks", k, n, 0, bits=bits, block=size), context)
+        speedups = self._speedups(Case("blocks", k, n, 0, bits=bits, block=size))
         where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
         mean = _mean(speedups)
         # Weights of 8 bits can be columns instead, which are faster than float for prompts too.
@@ -154,9 +156,10 @@ class CpuTarget:
             )
         told = ", ".join(
             f"{speedup:.2f}x for {rows} rows" if rows > 1 else f"{speedup:.2f}x for one"
-            for rows, speedup in zip(ROWS[context.optimize_for], speedups, strict=True)
+            for rows, speedup in zip(ROWS[self.optimize_for], speedups, strict=True)
         )
-        return Verdict(True, f"{told} {where}", mean, slowest=float(speedups.min()))
+        slowest = float(speedups.min()) if len(speedups) > 1 else float("inf")
+        return Verdict(True, f"{told} {where}", mean, slowest=slowest)
 
     def _convolution(self, lowering: Lowering, k: int, n: int) -> Verdict:
         """A convolution's own speedup and what conversions around it cost, see
@@ -170,26 +173,26 @@ class CpuTarget:
         integer = max((chained - alone) / (CHAIN - 1), 0.05)
         return Verdict(True, "measured on this host", 1 / integer, max(alone - integer, 0.0))
 
-    def _speedups(self, case: Case, context: Context) -> np.ndarray:
+    def _speedups(self, case: Case) -> np.ndarray:
         """One for each number of rows that counts, for a product with k and n as they are."""
-        rows = ROWS[context.optimize_for]
+        rows = ROWS[self.optimize_for]
         if not self.measured:
             key = f"blocks-{case.bits}" if case.block else case.lowering
             return np.array([SHIPPED[key][m] for m in rows])
         case = replace(case, k=rounded(case.k), n=rounded(case.n))
         return np.array([host_table().speedup(replace(case, m=m)) for m in rows])
 
-    def _apart_is_faster(self, norm: Lowering, context: Context) -> bool:
+    def _apart_is_faster(self, norm: Lowering) -> bool:
         """Whether a residual norm in two operators wins for one token as well as for many."""
         if not self.measured:
             return False
-        cases = [Case(norm, NORM_WIDTH, NORM_WIDTH, m) for m in ROWS[context.optimize_for]]
+        cases = [Case(norm, NORM_WIDTH, NORM_WIDTH, m) for m in ROWS[self.optimize_for]]
         return all(host_table().speedup(case) > MARGIN for case in cases)
 
     def supports_glue(self, node: ir.Node) -> bool:
         return is_op(node, *GLUE)
 
-    def legalize(self, model: ir.Model, context: Context) -> bool:
+    def legalize(self, model: ir.Model) -> bool:
         changed = lower_block_products(model)
         changed |= lower_codebook_products(model)
         changed |= lower_block_tables(model)
@@ -199,9 +202,9 @@ class CpuTarget:
         changed |= defer_scales(model)
         changed |= lower_quantizers(model)
         changed |= shield_float(model)
-        if self._apart_is_faster("norm", context):
+        if self._apart_is_faster("norm"):
             changed |= part_norms(model)
-        if self._apart_is_faster("rms-norm", context):
+        if self._apart_is_faster("rms-norm"):
             changed |= part_rms_norms(model)
         return inline_functions(model) or changed
 

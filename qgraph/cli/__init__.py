@@ -125,34 +125,39 @@ def compile(
 ) -> None:
     """Quantize a model by a recipe and save it for a target."""
     import qgraph
+    from qgraph.backends import get_target
     from qgraph.cli.progress import display
     from qgraph.io.models import check_output
+    from qgraph.recipes import get_recipe
     from qgraph.report.page import Compilation, human_size, to_html, to_json
 
-    parameters = shell.recipe_arguments(recipe, set_ or [])
+    settings = shell.settings(recipe, set_ or [])
+    parameters = dict(settings)
+    optimize_for = parameters.pop("optimize_for", "both")
+    chosen = get_recipe(recipe, parameters)
     memory = None if max_memory is None else shell.parse_size(max_memory)
     source = qgraph.load(model)
     check_output(source, output)
     for page in (report, json):
         if page is not None:
             files.check_free(page, others={model, output, *{report, json} - {page}})
+    aim = get_target(target, optimize_for)
     if train is None:
         compiled = qgraph.compile(
             source,
-            recipe,
+            chosen,
             calibration,
-            target,
+            aim,
             samples=samples,
             seed=seed,
             cache=cache,
             max_memory=memory,
             verify=verify,
             progress=display(),
-            **parameters,
         )
     else:
         compiled = train_module.train_and_compile(
-            train, source, recipe, parameters, calibration, target, samples, seed, verify
+            train, source, chosen, calibration, aim, samples, seed, verify
         )
     compiled.save(output)
     result = Compilation(
@@ -163,7 +168,7 @@ def compile(
         bytes_before=shell.size_on_disk(source),
         bytes_after=shell.size_on_disk(qgraph.load(output)),
         remarks=compiled.remarks,
-        parameters=parameters,
+        parameters=settings,
     )
     if report is not None:
         files.write(report, to_html(result))
@@ -221,7 +226,7 @@ def opt(
     feeds = None if calibration is None else open_calibration(calibration, source, samples=samples)
     context = Context(aim, feeds, seed=seed, cache=cache, progress=display())
     manager.run(source, context)
-    save(source, output)
+    save(source, output, open_session=aim.open_session)
     if pipeline != written:
         print(f"ran with what it needs: {manager}")
     for line in _effects(context.remarks):
@@ -250,7 +255,7 @@ def recipes() -> None:
 
     made = table("recipe", "parameters", "")
     for name, recipe in RECIPES.items():
-        shown = [f"{p.name}={p.default}" for p in shell.recipe_parameters(name).values()]
+        shown = [f"{p.name}={p.default}" for p in shell.parameters(name).values()]
         row(made, name, "\n".join(shown), shell.first_line(recipe))
     shell.show(made)
 
@@ -276,14 +281,14 @@ def passes() -> None:
 @app.command()
 def targets() -> None:
     """List the targets, and what has been measured on this machine."""
-    from qgraph.backends import TARGETS, cpu
+    from qgraph.backends import TARGETS, describe
     from qgraph.report.tables import row, table
 
     made = table("target", "")
     for name, description in TARGETS:
         row(made, name, description)
     shell.show(made)
-    print(cpu.describe())
+    print(describe())
 
 
 @app.command()

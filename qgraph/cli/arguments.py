@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, fields
 from inspect import Parameter, getdoc, signature
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 
@@ -15,15 +15,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qgraph.pipeline.pass_manager import Pass
-
-
-OPTIMIZE_FOR = Parameter(
-    "optimize_for",
-    Parameter.KEYWORD_ONLY,
-    default="both",
-    annotation=Literal["prompt", "decode", "both"],
-)
-"""A parameter that every recipe has: which runs of a language model decide between lowerings."""
 
 
 def show(content: RenderableType) -> None:
@@ -39,19 +30,22 @@ def first_line(thing: object) -> str:
     return (getdoc(thing) or "").partition("\n")[0]
 
 
-def recipe_parameters(name: str) -> dict[str, Parameter]:
-    """The parameters of a recipe that can be written as text; the others are for Python.
+def parameters(name: str) -> dict[str, Parameter]:
+    """What can be set beside the recipe called `name`: its parameters that can be written as text
+    (the others are for Python), and `optimize_for`, which targets have.
 
     Raises:
         QGraphError: there is no such recipe; the message lists those there are.
     """
+    from qgraph.backends import get_target
     from qgraph.recipes import RECIPES, get_recipe
 
     if name not in RECIPES:
         get_recipe(name, {})
     declared = signature(RECIPES[name], eval_str=True).parameters.values()
+    purpose = signature(get_target, eval_str=True).parameters["optimize_for"]
     plain = (bool, int, float, str, type(None))
-    return {p.name: p for p in (*declared, OPTIMIZE_FOR) if isinstance(p.default, plain)}
+    return {p.name: p for p in (*declared, purpose) if isinstance(p.default, plain)}
 
 
 def pass_parameters(step: type[Pass]) -> list[str]:
@@ -61,16 +55,15 @@ def pass_parameters(step: type[Pass]) -> list[str]:
     ]
 
 
-def recipe_arguments(name: str, pairs: list[str]) -> dict[str, Any]:
-    """What `--set key=value` options mean for the recipe called `name`.
+def settings(name: str, pairs: list[str]) -> dict[str, Any]:
+    """What `--set key=value` options beside the recipe called `name` mean.
 
     Raises:
-        QGraphError: unknown recipe or parameter, or a value that it does not take.
+        QGraphError: unknown recipe or parameter, or a value of another type.
     """
     from qgraph.pipeline.parse import convert
-    from qgraph.recipes import get_recipe
 
-    known = recipe_parameters(name)
+    known = parameters(name)
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -84,8 +77,6 @@ def recipe_arguments(name: str, pairs: list[str]) -> dict[str, Any]:
             values[key] = convert(known[key].annotation, text)
         except ValueError as error:
             raise QGraphError(f"--set {pair}: '{key}' {error}") from None
-    own = {key: value for key, value in values.items() if key != OPTIMIZE_FOR.name}
-    get_recipe(name, own)  # refuses values out of range
     return values
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from qgraph.cli.arguments import OPTIMIZE_FOR
 from qgraph.errors import QGraphError
 
 if TYPE_CHECKING:
@@ -13,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from qgraph.compiled import CompiledModel
+    from qgraph.pipeline.target import Target
+    from qgraph.recipes.recipe import Recipe
 
 
 LEARNING_RATE = 1e-3
@@ -22,10 +23,9 @@ LEARNING_RATE = 1e-3
 def train_and_compile(
     function: str,
     source: ir.Model,
-    recipe: str,
-    parameters: dict[str, Any],
+    recipe: Recipe,
     calibration: str | None,
-    target: str,
+    target: Target,
     samples: int | None,
     seed: int,
     verify: bool,
@@ -46,8 +46,7 @@ def train_and_compile(
     steps = imported(function, "function")
     if not callable(steps):
         raise QGraphError(f"--train {function}: that is no function")
-    parameters = {key: value for key, value in parameters.items() if key != OPTIMIZE_FOR.name}
-    qmodel = qgraph.prepare_qat(source, recipe=recipe, seed=seed, **parameters)
+    qmodel = qgraph.prepare_qat(source, recipe=recipe, seed=seed)
     if calibration is not None:
         qmodel.calibrate(calibration, samples)
     import torch

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qgraph.errors import ModelError
 from qgraph.graph.reading import INLINE_BYTES, initializers
 from qgraph.io.external_data import in_memory, settle
-from qgraph.io.session import session_options
+from qgraph.io.session import OpenSession, open_session
 
 SOURCE = "qgraph.source"
 """Where a loaded model remembers its file, a Path, in `model.meta`."""
@@ -109,7 +109,13 @@ def _read(file: Path) -> ir.Model:
     return model
 
 
-def save(model: ir.Model, path: str | os.PathLike[str], *, run_check: bool = True) -> None:
+def save(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    run_check: bool = True,
+    open_session: OpenSession = open_session,
+) -> None:
     """Write a model; it appears at `path` complete and checked, or not at all.
 
     Weights go into `<name>.data` beside the model where they take more than 100 MB, one after the
@@ -122,6 +128,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, run_check: bool = Tru
         path: a file; for a model that came as a folder, a folder that is new or holds such a model.
         run_check: whether onnxruntime must be able to load the result. Turn it off for models that
             it could not load before either, because of operators that it does not know.
+        open_session: of the target that the model is for.
 
     Raises:
         ModelError: `path` cannot be used (see :func:`check_output`), the disk is full, or the
@@ -140,7 +147,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, run_check: bool = Tru
         staged = stage / name
         staged.parent.mkdir(parents=True, exist_ok=True)
         _write(model, staged, _free_data_name(file))
-        check_reload(staged, run=run_check)
+        check_reload(staged, run=run_check, open_session=open_session)
         _publish(stage, root, name)
         kept = {path.resolve() for path in model.meta.get(DATA, ())}
         for path in stale - kept:
@@ -280,7 +287,9 @@ def _write(model: ir.Model, file: Path, data_name: str) -> None:
             value.const_value = tensor
 
 
-def check_reload(path: str | os.PathLike[str], *, run: bool = True) -> None:
+def check_reload(
+    path: str | os.PathLike[str], *, run: bool = True, open_session: OpenSession = open_session
+) -> None:
     """Open a written model: that it parses, that its data is there, with `run` also in onnxruntime.
 
     Raises:
@@ -289,14 +298,10 @@ def check_reload(path: str | os.PathLike[str], *, run: bool = True) -> None:
     load(path)
     if not run:
         return
-    import onnxruntime as ort
-
-    options = session_options(optimized=False)
-    options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy the weights
     try:
-        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        reason = str(error).splitlines()[0]
+        open_session(Path(path), optimized=False, prepack=False)  # packing would copy the weights
+    except ModelError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
         raise ModelError(f"onnxruntime cannot load the result: {reason}") from error
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,11 @@ from qgraph.graph.reading import INLINE_BYTES, initializers
 from qgraph.io.external_data import in_memory
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime
+
+OpenSession = Callable[..., "onnxruntime.InferenceSession"]
+"""How a target opens sessions: :func:`open_session`, or one that takes the same arguments."""
 
 
 def session_options(optimized: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:
@@ -30,19 +35,22 @@ def session_options(optimized: bool = True, threads: int = 0) -> onnxruntime.Ses
 
 
 def open_session(
-    model: ir.Model,
+    model: ir.Model | Path,
     *,
     optimized: bool = True,
     threads: int = 0,
     prepack: bool = True,
     arena: bool = True,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> onnxruntime.InferenceSession:
     """A session on `model` as it stands; large initializers are lent to it, not copied.
 
     Args:
+        model: or a file of one, for onnxruntime to read.
         prepack: let kernels rearrange weights for speed, which takes their size again in memory.
         arena: keep activations' memory between runs, grown in powers of two, instead of giving it
             back after each run.
+        providers: of onnxruntime, the one to be preferred first.
 
     Raises:
         ModelError: onnxruntime refuses the model; the message holds its reason.
@@ -53,6 +61,24 @@ def open_session(
     options.enable_cpu_mem_arena = arena
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    proto, lent = _lending(model) if isinstance(model, ir.Model) else (None, {})
+    values = [ort.OrtValue.ortvalue_from_numpy(a) for a in lent.values()]
+    options.add_external_initializers(list(lent), values)
+    try:
+        source = str(model) if proto is None else proto.SerializeToString()
+        session = ort.InferenceSession(source, options, providers=list(providers))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"onnxruntime cannot run this model: {reason}") from error
+    session.qgraph_lent = (lent, values)
+    if prepack:
+        for array in lent.values():
+            _forget(array)
+    return session
+
+
+def _lending(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """The model without its large initializers, and these by name."""
     lent: dict[str, np.ndarray] = {}
     swapped: list[tuple[ir.Value, ir.TensorProtocol]] = []
     try:
@@ -78,20 +104,7 @@ def open_session(
     finally:
         for value, tensor in swapped:
             value.const_value = tensor
-    values = [ort.OrtValue.ortvalue_from_numpy(a) for a in lent.values()]
-    options.add_external_initializers(list(lent), values)
-    try:
-        session = ort.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"onnxruntime cannot run this model: {reason}") from error
-    session.qgraph_lent = (lent, values)
-    if prepack:
-        for array in lent.values():
-            _forget(array)
-    return session
+    return proto, lent
 
 
 def _forget(array: np.ndarray) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from qgraph.io.feeds import Feed
 from qgraph.pipeline.progress import Progress, silent
@@ -36,7 +36,6 @@ class Context:
     progress: Progress = silent
     cache: Path | None = None
     max_memory: int | None = None
-    optimize_for: Literal["prompt", "decode", "both"] = "both"
 
     def remark(
         self, kind: Kind, pass_name: str, site: str, op: str, message: str, **numbers: float

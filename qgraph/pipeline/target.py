@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx_ir as ir
+    import onnxruntime
 
     from qgraph.graph.sites import Site
     from qgraph.numerics.spec import QuantSpec
-    from qgraph.pipeline.context import Context
+
+Purpose = Literal["prompt", "decode", "both"]
+"""Which runs of a language model decide between lowerings: `optimize_for`."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,8 @@ class Verdict:
         speedup: float time / quantized time as measured, or 0.0 where nothing was measured.
         conversions: time of converting input and output, in units of the float time, where that
             is not part of `speedup`: neighbours in integers save it.
-        slowest: the lowest speedup among the numbers of rows that count, where `speedup` is their
-            mean; infinite where it tells nothing.
+        slowest: the lowest speedup among the numbers of rows that count, where several do and
+            `speedup` is their mean; infinite elsewhere.
     """
 
     ok: bool
@@ -53,9 +58,7 @@ class Target(Protocol):
     @property
     def measured(self) -> bool: ...
 
-    def supports(
-        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
-    ) -> Verdict:
+    def supports(self, site: Site, activation: QuantSpec | None, weight: QuantSpec) -> Verdict:
         """Whether to quantize `site` with these specs (`activation=None`: weight only)."""
         ...
 
@@ -63,6 +66,22 @@ class Target(Protocol):
         """Whether `node` (Add, Concat, pooling, ...) has an integer kernel worth having."""
         ...
 
-    def legalize(self, model: ir.Model, context: Context) -> bool:
+    def legalize(self, model: ir.Model) -> bool:
         """Make of committed quantization what the target runs fastest; True if that changed it."""
+        ...
+
+    def open_session(
+        self,
+        model: ir.Model | Path,
+        *,
+        optimized: bool = True,
+        threads: int = 0,
+        prepack: bool = True,
+        arena: bool = True,
+    ) -> onnxruntime.InferenceSession:
+        """A session on a model or a file of one, like :func:`qgraph.io.session.open_session`.
+
+        Raises:
+            ModelError: the runtime refuses the model; the message holds its reason.
+        """
         ...

@@ -21,7 +21,7 @@ from qgraph.graph.reading import (
     nodes,
 )
 from qgraph.io.random_feed import first_feed
-from qgraph.io.session import open_session, run
+from qgraph.io.session import run
 from qgraph.numerics.noise import relative_error
 
 if TYPE_CHECKING:
@@ -244,6 +244,7 @@ class NumericProbe:
     """
 
     def __init__(self, model: ir.Model, context: Context) -> None:
+        self._open_session = context.target.open_session
         self._feed: Mapping[str, np.ndarray] | None = None
         self._float: list[Any] = []
         self._last: list[Any] | None = None
@@ -256,7 +257,7 @@ class NumericProbe:
 
     def _outputs(self, model: ir.Model) -> list[Any]:
         assert self._feed is not None
-        session = open_session(model, optimized=False)
+        session = self._open_session(model, optimized=False)
         try:
             return run(session, self._feed)
         except Exception as error:

@@ -19,7 +19,7 @@ from qgraph.errors import QGraphError
 from qgraph.io.feeds import Feed
 from qgraph.io.kv_cache import complete_feed
 from qgraph.io.models import load
-from qgraph.io.session import open_session, run
+from qgraph.io.session import OpenSession, open_session, run
 from qgraph.pipeline.progress import Progress, silent
 
 _Outputs = dict[str, np.ndarray]
@@ -56,6 +56,7 @@ def benchmark(
     feeds: Iterable[Feed],
     rounds: int = 15,
     progress: Progress = silent,
+    open_session: OpenSession = open_session,
 ) -> list[Result]:
     """Run models interleaved on the same feeds, with all of onnxruntime's optimizations.
 
@@ -63,6 +64,7 @@ def benchmark(
         models: the first is what the others are compared with.
         feeds: each is run in each round; caches and masks of language models are filled in.
         rounds: how often; one more before them warms up.
+        open_session: of the target that they are compared on.
 
     Raises:
         QGraphError: there is no model or no feed, or a model does not run on them.
@@ -71,7 +73,7 @@ def benchmark(
     if not models or not given or rounds < 1:
         raise QGraphError("nothing to compare: give at least one model, one feed and one round")
     names = [m.graph.name or "model" if isinstance(m, ir.Model) else str(m) for m in models]
-    runners = [_runner(m, name) for m, name in zip(models, names, strict=True)]
+    runners = [_runner(m, name, open_session) for m, name in zip(models, names, strict=True)]
     noise = [(0.0, 0.0)] * len(runners)
     for feed in given:
         outputs = [runner(feed) for runner in runners]
@@ -93,7 +95,12 @@ def benchmark(
 
 
 def cpu_ratio(
-    reference: ir.Model, model: ir.Model, feed: Feed, rounds: int = 7, seconds: float = 2.0
+    reference: ir.Model,
+    model: ir.Model,
+    feed: Feed,
+    rounds: int = 7,
+    seconds: float = 2.0,
+    open_session: OpenSession = open_session,
 ) -> float:
     """Best CPU time of `reference` over that of `model`, one thread, run in turn on one feed.
 
@@ -102,6 +109,7 @@ def cpu_ratio(
 
     Args:
         seconds: stop after about this long, but not before each has run twice.
+        open_session: of the target that they are compared on.
 
     Raises:
         Exception: whatever onnxruntime raises where a model does not run.
@@ -120,7 +128,7 @@ def cpu_ratio(
     return best[0] / best[1]
 
 
-def _runner(model: ir.Model | str | Path, name: str) -> _Runner:
+def _runner(model: ir.Model | str | Path, name: str, open_session: OpenSession) -> _Runner:
     loaded = model if isinstance(model, ir.Model) else load(model)
     session = open_session(loaded)
     names = [str(value.name) for value in loaded.graph.outputs]

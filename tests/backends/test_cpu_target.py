@@ -22,11 +22,9 @@ from qgraph.errors import QGraphError
 from qgraph.graph.sites import Site, sites
 from qgraph.io.session import open_session, run
 from qgraph.numerics.spec import PER_RUN, PER_TOKEN, WEIGHT, QuantSpec
-from qgraph.pipeline.context import Context
 from tests.models import build, weight
 
 STATIC = QuantSpec()
-CONTEXT = Context(CpuTarget("cpu", "avx2"))
 FLAGS = "flags\t\t: fpu sse4_1 "
 
 
@@ -285,7 +283,7 @@ def test_products_follow_the_measured_table(
     monkeypatch: pytest.MonkeyPatch, speedup: float, spec: QuantSpec
 ) -> None:
     target, asked = host(monkeypatch, speedup)
-    verdict = target.supports(SITES["matmul"], spec, WEIGHT, CONTEXT)
+    verdict = target.supports(SITES["matmul"], spec, WEIGHT)
     assert verdict.ok is (speedup > 1.02)
     assert verdict.speedup == pytest.approx(speedup)
     assert f"{speedup:.2f}x float on this host" in verdict.reason
@@ -297,15 +295,15 @@ def test_what_the_model_is_optimized_for_decides_the_rows(monkeypatch: pytest.Mo
     target, asked = host(monkeypatch, 2.0)
     for purpose, rows in (("prompt", {128}), ("decode", {1}), ("both", {1, 128})):
         asked.clear()
-        context = replace(CONTEXT, optimize_for=purpose)  # type: ignore[arg-type]
-        target.supports(SITES["matmul"], PER_TOKEN, WEIGHT, context)
+        target = replace(target, optimize_for=purpose)  # type: ignore[arg-type]
+        target.supports(SITES["matmul"], PER_TOKEN, WEIGHT)
         assert {c.m for c in asked} == rows
 
 
 @pytest.mark.parametrize("name", ["conv", "pointwise", "depthwise", "grouped"])
 def test_convolutions_are_asked_by_their_kind(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     target, asked = host(monkeypatch, 2.0)
-    assert target.supports(SITES[name], STATIC, WEIGHT, CONTEXT).ok
+    assert target.supports(SITES[name], STATIC, WEIGHT).ok
     assert {c.lowering for c in asked} == {"conv" if name == "grouped" else name}
     assert all(8 <= c.k <= 512 and 8 <= c.n <= 512 for c in asked)
 
@@ -323,7 +321,7 @@ def test_verdicts_that_need_no_measurement(
     monkeypatch: pytest.MonkeyPatch, name: str, spec: QuantSpec | None, ok: bool, why: str
 ) -> None:
     target, asked = host(monkeypatch, 9.0)
-    verdict = target.supports(SITES[name], spec, WEIGHT, CONTEXT)
+    verdict = target.supports(SITES[name], spec, WEIGHT)
     assert verdict.ok is ok
     assert why in verdict.reason
     assert not asked
@@ -335,10 +333,10 @@ def test_another_cpu_goes_by_the_shipped_figures(monkeypatch: pytest.MonkeyPatch
     target = get_target(f"cpu:{name}")
     assert isinstance(target, CpuTarget)
     assert not target.measured
-    verdict = target.supports(SITES["matmul"], PER_TOKEN, WEIGHT, CONTEXT)
+    verdict = target.supports(SITES["matmul"], PER_TOKEN, WEIGHT)
     assert verdict.ok
     assert verdict.reason.endswith(f"on {name} (shipped figures)")
-    assert target.supports(SITES["conv"], STATIC, WEIGHT, CONTEXT).ok
+    assert target.supports(SITES["conv"], STATIC, WEIGHT).ok
     assert not asked
 
 
@@ -347,7 +345,7 @@ def test_the_host_under_its_own_name_is_measured(monkeypatch: pytest.MonkeyPatch
     _, asked = host(monkeypatch, 9.0)
     for name in ("cpu", "cpu:avx2"):
         asked.clear()
-        get_target(name).supports(SITES["matmul"], PER_TOKEN, WEIGHT, CONTEXT)
+        get_target(name).supports(SITES["matmul"], PER_TOKEN, WEIGHT)
         assert asked
 
 

@@ -241,7 +241,6 @@ def test_the_measured_table_decides(
     speedup: float, parted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qgraph.backends import cpu
-    from qgraph.pipeline.context import Context
 
     class FakeTable:
         def speedup(self, case: object) -> float:
@@ -250,7 +249,7 @@ def test_the_measured_table_decides(
     monkeypatch.setattr(cpu.target, "host_table", FakeTable)
     target = CpuTarget()
     model = build(LAYER_NORM, *NORM)
-    assert target.legalize(model, Context(target)) == parted
+    assert target.legalize(model) == parted
     assert ("Sum" in ops(model)) == parted
 
 

@@ -42,9 +42,7 @@ class Picky(type(ONNX)):  # type: ignore[misc]
     speedup: float = 1.5
     asked: list[str] = field(default_factory=list, compare=False)
 
-    def supports(
-        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
-    ) -> Verdict:
+    def supports(self, site: Site, activation: QuantSpec | None, weight: QuantSpec) -> Verdict:
         kind = "weight only" if activation is None else str(activation.granularity)
         self.asked.append(f"{site.name} {kind}")
         return Verdict(kind in self.wins, f"{kind} is what it is", self.speedup)
@@ -209,9 +207,7 @@ def test_a_site_stays_float_where_nothing_wins_and_says_the_first_reason() -> No
 def test_the_reason_is_that_of_the_weights_that_were_asked_for() -> None:
     @dataclass(frozen=True)
     class Slow(type(ONNX)):  # type: ignore[misc]
-        def supports(
-            self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
-        ) -> Verdict:
+        def supports(self, site: Site, activation: QuantSpec | None, weight: QuantSpec) -> Verdict:
             return Verdict(False, f"{weight.dtype.name} is slow here")
 
     int4 = QuantSpec(ir.DataType.INT4, PerBlock(0, 32))

@@ -50,24 +50,20 @@ LINE = "g (float[N,8] x) => (float[N,4] y) { y = MatMul (x, w) }"
 class Refusing(OnnxTarget):
     """No product with scales found at run time."""
 
-    def supports(
-        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
-    ) -> Verdict:
+    def supports(self, site: Site, activation: QuantSpec | None, weight: QuantSpec) -> Verdict:
         if activation is not None and activation.observer == "dynamic":
             return Verdict(False, "dynamic is slow here")
-        return super().supports(site, activation, weight, context)
+        return super().supports(site, activation, weight)
 
 
 @dataclass(frozen=True)
 class SlowTokens(OnnxTarget):
     """No product with scales token by token."""
 
-    def supports(
-        self, site: Site, activation: QuantSpec | None, weight: QuantSpec, context: Context
-    ) -> Verdict:
+    def supports(self, site: Site, activation: QuantSpec | None, weight: QuantSpec) -> Verdict:
         if activation == PER_TOKEN:
             return Verdict(False, "tokens are slow here")
-        return super().supports(site, activation, weight, context)
+        return super().supports(site, activation, weight)
 
 
 def spiky(spike: float) -> list[Feed]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -424,7 +425,7 @@ def test_every_number_of_rows_that_counts_must_win(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(cpu.SHIPPED, "blocks-8", SHIPPED)
     for rows, taken in (("decode", True), ("prompt", False), ("both", False)):
         model = product()
-        context = Context(VNNI, optimize_for=rows)  # type: ignore[arg-type]
+        context = Context(replace(VNNI, optimize_for=rows))  # type: ignore[arg-type]
         for step in in_blocks():
             step.run(model, context)
         assert ("per-block" in specs(model)["y"][0]) is taken

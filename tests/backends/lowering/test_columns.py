@@ -269,7 +269,7 @@ def test_blocks_brought_along_by_a_model_are_left_alone() -> None:
     wanted = outputs(model, given_)[0]
     before = body(model)
     for target in TARGETS:
-        assert not target.legalize(model, Context(target))
+        assert not target.legalize(model)
         assert body(model) == before
         np.testing.assert_array_equal(outputs(model, given_)[0], wanted)
 
