@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qgraph.errors import QGraphError
 from qgraph.io.feeds import Feed
-from qgraph.io.kv_cache import complete_feed, required_inputs
+from qgraph.io.kv_cache import Completer, required_inputs
 from qgraph.io.models import save
 from qgraph.io.random_feed import first_feed
 from qgraph.io.session import OpenSession, open_session
@@ -55,6 +55,15 @@ class CompiledModel:
         """The `onnxruntime.InferenceSession` behind calls, opened on first use."""
         return self.open_session(self.model)
 
+    @cached_property
+    def _complete(self) -> Completer:
+        return Completer(self.model)
+
+    @cached_property
+    def _takes(self) -> dict[str, ir.Value]:
+        """Everything that a call may give, by name."""
+        return {str(v.name): v for v in self.model.graph.inputs} | self._complete.data
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
 
@@ -73,11 +82,10 @@ class CompiledModel:
         named = self._named(args, kwargs)
         torch = sys.modules.get("torch")
         tensors = torch is not None and any(isinstance(v, torch.Tensor) for v in named.values())
-        types = {str(v.name): v.dtype for v in self.model.graph.inputs}
-        feed = complete_feed(self.model, {k: _array(v, types[k]) for k, v in named.items()})
-        for value in required_inputs(self.model):
-            if value.name not in feed:
-                raise QGraphError(f"input '{value.name}' is missing")
+        types = {name: value.dtype for name, value in self._takes.items()}
+        feed = self._complete({k: _array(v, types[k]) for k, v in named.items()})
+        if (lacking := self._complete.lacking(feed, named)) is not None:
+            raise QGraphError(lacking)
         try:
             outputs = self.session.run(None, feed)
         except Exception as error:
@@ -90,7 +98,7 @@ class CompiledModel:
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of a call by name."""
         names = [str(v.name) for v in required_inputs(self.model)]
-        known = [str(v.name) for v in self.model.graph.inputs]
+        known = list(self._takes)
         if len(args) == 1 and isinstance(args[0], Mapping):
             named = {str(name): value for name, value in args[0].items()}
         elif len(args) <= len(names):

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qgraph.errors import CalibrationError
 from qgraph.graph.cuts import Piece, cut
 from qgraph.io.feeds import Feed
-from qgraph.io.kv_cache import completer
+from qgraph.io.kv_cache import Completer
 from qgraph.io.session import open_session
 
 
@@ -31,7 +31,7 @@ class Walk:
             stops: names of values of the main graph; none of them needs a later one.
         """
         named = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
-        complete = completer(model)
+        complete = Completer(model)
         self.model, self.pieces, self.at = model, cut(model, [named[stop] for stop in stops]), 0
         known = {value.name for piece in self.pieces for value in piece.inputs}
         self.carried: list[dict[str, np.ndarray]] = [

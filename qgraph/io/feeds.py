@@ -13,8 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import CalibrationError
-from qgraph.io.kv_cache import TOKENS, completer, free_axes, past_shapes, required_inputs
+from qgraph.io.kv_cache import Completer
 from qgraph.io.npz import NpzFolder, NpzSamples
+from qgraph.io.state_shapes import free_axes
 
 Feed = Mapping[str, np.ndarray]
 """One run's inputs by name."""
@@ -79,15 +80,15 @@ def _source(data: object, model: ir.Model) -> Iterable[object]:
 def _files(path: Path, model: ir.Model) -> Iterable[object]:
     if not path.exists():
         raise CalibrationError(f"calibration data {path} does not exist: check the path")
-    past = past_shapes(model)
-    values = sorted(model.graph.inputs, key=lambda v: v.is_initializer() or v.name in past)
+    data = Completer(model).data
+    values = data | {str(value.name): value for value in model.graph.inputs}
     if not path.is_dir():
-        return NpzSamples(path, {str(value.name): len(value.shape or ()) for value in values})
+        return NpzSamples(path, {name: len(value.shape or ()) for name, value in values.items()})
     if not any(path.glob("*.npz")):
         raise CalibrationError(
             f"calibration folder {path} holds no .npz file: put one feed in each"
         )
-    return NpzFolder(path, [str(value.name) for value in values])
+    return NpzFolder(path, list(values))
 
 
 @dataclass
@@ -124,14 +125,14 @@ class _Calibration:
     """Feeds as the model wants them."""
 
     def __init__(self, source: Iterable[object], model: ir.Model, samples: int | None) -> None:
-        past = past_shapes(model)
         self._source = source
         self._samples = samples
-        self._inputs = {str(value.name): value for value in model.graph.inputs}
-        self._required = [str(value.name) for value in required_inputs(model)]
-        self._positions = [name for name in self._required if name not in past]
-        self._single = TOKENS if past else self._positions[0] if self._positions else ""
-        self._complete = completer(model)
+        self._complete = Completer(model)
+        data = self._complete.data
+        self._inputs = {str(value.name): value for value in model.graph.inputs} | data
+        self._positions = list(data)
+        tokens = self._complete.tokens if self._complete.states else None
+        self._single = tokens or next(iter(data), "")
 
     def __iter__(self) -> Iterator[Feed]:
         index = -1
@@ -155,10 +156,8 @@ class _Calibration:
                 raise CalibrationError(f"{where}: the model has no input '{name}', only {known}")
             given[name] = _fit(_numpy(content, name, where), self._inputs[name], where)
         feed = self._complete(given)
-        missing = [name for name in self._required if name not in feed]
-        if missing:
-            names = ", ".join(given) or "nothing"
-            raise CalibrationError(f"{where}: input '{missing[0]}' is missing, only {names} given")
+        if (lacking := self._complete.lacking(feed, given)) is not None:
+            raise CalibrationError(f"{where}: {lacking}")
         return feed
 
     def _by_name(self, item: object, where: str) -> dict[str, object]:

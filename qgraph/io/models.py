@@ -28,7 +28,7 @@ DATA = "qgraph.data"
 EXTERNAL_BYTES = 100 << 20
 """Models whose weights take more than this are saved with external data."""
 
-_GENAI_CONFIG = "genai_config.json"
+GENAI_CONFIG = "genai_config.json"
 _ALIGNMENT = 4096
 
 
@@ -60,7 +60,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
 def _model_in(folder: Path) -> Path:
     """The model file of a folder."""
-    config = folder / _GENAI_CONFIG
+    config = folder / GENAI_CONFIG
     if config.is_file():
         return folder / _decoder_name(config)
     if (folder / "model.onnx").is_file():

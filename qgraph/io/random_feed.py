@@ -11,7 +11,8 @@ from qgraph.errors import ModelError
 from qgraph.graph.ops import RESHAPES
 from qgraph.graph.reading import array, dims, is_op
 from qgraph.io.feeds import Feed
-from qgraph.io.kv_cache import TOKENS, complete_feed, free_axes, past_shapes, required_inputs
+from qgraph.io.kv_cache import Completer, required_inputs
+from qgraph.io.state_shapes import free_axes
 
 _KEEP_INDICES = RESHAPES | {"Cast", "Identity"}
 
@@ -28,15 +29,17 @@ def first_feed(
         ModelError: an input has a type that cannot be made up: a sequence, an optional, a string,
             a float that numpy does not have, or a tensor of unknown rank.
     """
+    complete = Completer(model)
     for given in calibration or ():
-        return complete_feed(model, given)
+        return complete(given)
     rng = np.random.default_rng(seed)
     values = required_inputs(model)
     feed: dict[str, np.ndarray] = {}
     sizes: dict[str, int] = {}
-    if past_shapes(model):
-        tokens = next(value for value in values if value.name == TOKENS)
-        feed = complete_feed(model, {TOKENS: _random(tokens, sizes, rng)})
+    if complete.states:
+        first = [v for v in values if v.name == complete.tokens]
+        first = first or [v for v in values if v.name not in complete.states]
+        feed = complete({str(value.name): _random(value, sizes, rng) for value in first})
     for value in values:
         if value.name not in feed:
             feed[str(value.name)] = _random(value, sizes, rng)
