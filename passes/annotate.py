@@ -27,7 +27,17 @@ from qgraph.graph.annotation import (
 )
 from qgraph.graph.islands import Cost, settle, size
 from qgraph.graph.ops import FLOATS, LINEAR
-from qgraph.graph.reading import array, constant, dims, is_op, node_name, nodes, opset, release
+from qgraph.graph.reading import (
+    MICROSOFT,
+    array,
+    constant,
+    dims,
+    is_op,
+    node_name,
+    nodes,
+    opset,
+    release,
+)
 from qgraph.graph.sites import (
     CONVOLUTIONS,
     PRODUCTS,
@@ -126,6 +136,12 @@ _ATTENTION = "both operands are computed: quantizing them costs more than the pr
 _RECURRENT = (
     "recurrent: errors of its weights add up over time steps, and the target has no faster kernel"
 )
+_FUSED = {
+    "MoE": "the weights of its experts lie inside one fused operator, which is left as it is",
+    "QMoE": "its experts came quantized, and are left as they are",
+    "CausalConvWithState": "a depthwise convolution with its state, which has no integer kernel",
+}
+"""Why operators that hold weights are no sites."""
 _NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 SMALL_TABLE = 1 << 16
 """A lookup table of fewer bytes is not worth quantizing."""
@@ -142,8 +158,8 @@ class Annotate(Pass):
         x ── Conv ── Relu ── Add ── ...        x:u8 ── Conv ── Relu ── :u8 ── Add ── :u8 ...
                               ╲ W                         ╲ W:s8 per-axis(0)
 
-    Every MatMul, Gemm, Conv, ConvTranspose, Gather on weights and recurrent operator gets a remark:
-    quantized how, or float and why.
+    Every MatMul, Gemm, Conv, ConvTranspose, Gather on weights, recurrent operator and fused mixture
+    of experts gets a remark: quantized how, or float and why.
 
     Attributes:
         scheme: `dynamic` computes activation scales at run time, `static` takes them from
@@ -201,6 +217,9 @@ class Annotate(Pass):
         for node in nodes(model):
             if is_op(node, *LINEAR) and site_of(node) is None:
                 why = "its weight is computed or not floating-point"
+                context.remark("float", self.name, node_name(node), node.op_type, why)
+            elif is_op(node, *_FUSED, domain=MICROSOFT):
+                why = _FUSED[node.op_type]
                 context.remark("float", self.name, node_name(node), node.op_type, why)
         if self.scheme == "static":
             _weigh_convolutions(model, context)
