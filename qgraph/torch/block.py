@@ -26,17 +26,17 @@ class Block:
     Attributes:
         module: takes the inputs of the part, then the weights that are learned.
         seen: of each feed, the inputs: what the model gives whose earlier weights are rounded.
-        wanted: of each feed, the outputs of the float model; None for those that the weights do not
-            reach.
+        targets: of each feed, the outputs of the float model; None for those that the weights do
+            not reach.
         counts: of each feed, what the squared error of each output counts, which broadcasts.
-        power: of each output, that of what is wanted, the mean over the feeds.
+        power: of each output, that of its targets, the mean over the feeds.
     """
 
     def __init__(
         self,
         module: nn.Module,
         seen: Sequence[Sequence[NDArray[Any]]],
-        wanted: Sequence[Sequence[NDArray[Any] | None]],
+        targets: Sequence[Sequence[NDArray[Any] | None]],
         masks: Sequence[NDArray[Any] | None],
         tokens: bool,
     ) -> None:
@@ -47,27 +47,27 @@ class Block:
         """
         self.module = module.requires_grad_(False)
         self.seen = [[_tensor(a) for a in feed] for feed in seen]
-        self.wanted = [[a if a is None else _tensor(a) for a in feed] for feed in wanted]
+        self.targets = [[a if a is None else _tensor(a) for a in feed] for feed in targets]
         self.counts = [
             [a if a is None else importance(a, mask, tokens) for a in feed]
-            for feed, mask in zip(self.wanted, masks, strict=True)
+            for feed, mask in zip(self.targets, masks, strict=True)
         ]
-        signals = [self._signals(feed) for feed in range(len(self.wanted))]
+        signals = [self._signals(feed) for feed in range(len(self.targets))]
         self.power = torch.stack(signals).mean(0)
 
     def _signals(self, feed: int) -> Tensor:
-        """Of each output that the weights reach, the power of what is wanted."""
-        pairs = zip(self.wanted[feed], self.counts[feed], strict=True)
+        """Of each output that the weights reach, the power of its target."""
+        pairs = zip(self.targets[feed], self.counts[feed], strict=True)
         return torch.stack([_sum(c, a.float()) for a, c in pairs if a is not None])
 
     @property
     def finite(self) -> bool:
-        """Whether what is wanted is."""
+        """Whether the targets are."""
         return bool(self.power.isfinite().all())
 
     @property
     def reached(self) -> bool:
-        """Whether anything is wanted but zeros."""
+        """Whether the targets are not zeros alone."""
         return bool(self.power.any())
 
     def error(self, weights: Sequence[Quantized]) -> float:
@@ -75,7 +75,7 @@ class Block:
         return self.total([torch.from_numpy(weight.float()) for weight in weights])
 
     def loss(self, weights: Sequence[Tensor], feeds: Sequence[int]) -> Tensor:
-        """Power of the error over power of what is wanted, the mean over outputs.
+        """Power of the error over power of the targets, the mean over outputs.
 
         Args:
             weights: of the sites, in order.
@@ -84,11 +84,11 @@ class Block:
         return torch.stack([self._of(weights, feed) for feed in feeds]).mean()
 
     def _of(self, weights: Sequence[Tensor], feed: int) -> Tensor:
-        found = self.module(*self.seen[feed], *weights)
-        found = found if isinstance(found, tuple) else (found,)
+        outputs = self.module(*self.seen[feed], *weights)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         noise = [
             _sum(count, y.float() - t)
-            for y, t, count in zip(found, self.wanted[feed], self.counts[feed], strict=True)
+            for y, t, count in zip(outputs, self.targets[feed], self.counts[feed], strict=True)
             if t is not None
         ]
         return (torch.stack(noise) / self.power)[self.power > 0].mean()
@@ -108,19 +108,19 @@ def _sum(count: Tensor | None, errors: Tensor) -> Tensor:
     return (count * errors.square()).sum()
 
 
-def importance(wanted: Tensor, mask: NDArray[Any] | None, tokens: bool) -> Tensor:
+def importance(target: Tensor, mask: NDArray[Any] | None, tokens: bool) -> Tensor:
     """What squared errors of an output count, (..., 1).
 
     Args:
-        wanted: the output, (..., channels) if it has tokens.
+        target: the output, (..., channels) if it has tokens.
         mask: 0 for tokens that do not count; used where its shape is (...).
         tokens: bring each token to unit power: a language model's first one may be a thousand
             times larger than all others, and would have the weights to itself.
     """
-    count = torch.ones((*wanted.shape[:-1], 1) if wanted.ndim else ())
-    if tokens and wanted.ndim:
-        power = wanted.float().square().mean(-1, keepdim=True)
+    count = torch.ones((*target.shape[:-1], 1) if target.ndim else ())
+    if tokens and target.ndim:
+        power = target.float().square().mean(-1, keepdim=True)
         count = torch.where(power > 0, 1 / power.clamp(min=1e-30), 0)
-    if mask is not None and mask.shape == wanted.shape[:-1]:
+    if mask is not None and mask.shape == target.shape[:-1]:
         count = count * torch.as_tensor(mask != 0)[..., None]
     return count

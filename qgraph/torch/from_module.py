@@ -181,13 +181,13 @@ def _name_values(model: ir.Model, exported: torch.export.ExportedProgram | None)
         for index, name in enumerate(signature.user_outputs)
         if isinstance(name, str)  # the others are constants: None, numbers
     ]
-    wanted = [*zip(model.graph.inputs, inputs, strict=False)]
-    wanted += [*zip(model.graph.outputs, outputs, strict=False)]
-    chosen = {id(value) for value, _ in wanted}
-    others = {v.name for v in _values(model) if v.name and id(v) not in chosen}
-    for value, _ in wanted:
+    pairs = [*zip(model.graph.inputs, inputs, strict=False)]
+    pairs += [*zip(model.graph.outputs, outputs, strict=False)]
+    named = {id(value) for value, _ in pairs}
+    others = {v.name for v in _values(model) if v.name and id(v) not in named}
+    for value, _ in pairs:
         value.name = None
-    for value, name in wanted:
+    for value, name in pairs:
         value.name = numbered(name, others)
 
 

@@ -30,7 +30,7 @@ RATE = 0.05
 PENALTY = 10.0
 """What undecided weights cost, in units of the loss of rounding to nearest."""
 CHECKS = 8
-"""So often AutoRound's loss is measured on all data."""
+"""How many times, spread over the steps, AutoRound measures its loss on all calibration data."""
 
 
 # ------------------------------------------------------------------------------------ AdaRound
@@ -219,7 +219,7 @@ def learn_offsets(
     block: Block, weights: Sequence[Offset], plain: float, steps: int, order: Iterator[list[int]]
 ) -> None:
     """AutoRound by signed gradients: the rate falls from 1 / steps to 0; the best is kept."""
-    best, kept = plain, [copy.deepcopy(w.state_dict()) for w in weights]
+    least, best_states = plain, [copy.deepcopy(w.state_dict()) for w in weights]
     for step, feeds in enumerate(order):
         torch.autograd.backward(block.loss([w() for w in weights], feeds))
         for w in weights:
@@ -227,7 +227,7 @@ def learn_offsets(
         if (step + 1) % max(1, steps // CHECKS) and step + 1 < steps:
             continue
         loss = block.total([w() for w in weights])
-        if loss < best:
-            best, kept = loss, [copy.deepcopy(w.state_dict()) for w in weights]
-    for w, state in zip(weights, kept, strict=True):
+        if loss < least:
+            least, best_states = loss, [copy.deepcopy(w.state_dict()) for w in weights]
+    for w, state in zip(weights, best_states, strict=True):
         w.load_state_dict(state)

@@ -57,7 +57,7 @@ def learnable(
     Args:
         scales: these are learned, too.
     """
-    found = []
+    sites = []
     for node, specs in annotated(model):
         site = site_of(node)
         if site is None or not (site.is_product or site.is_convolution):
@@ -73,8 +73,8 @@ def learnable(
             message = f"rounded to nearest: {why}"
             context.remark("declined", pass_name, site.name, node.op_type, message)
         else:
-            found.append(site)
-    return found
+            sites.append(site)
+    return sites
 
 
 def reconstruct(
@@ -122,8 +122,8 @@ def reconstruct(
 def _outputs(walk: Walk) -> list[Feed]:
     """What the next piece of the walk gives for each feed, by name."""
     stop = str(walk.pieces[walk.at].stop.name)
-    found = walk.advance()
-    return [{**carried, stop: data} for carried, data in zip(walk.carried, found, strict=True)]
+    outputs = walk.advance()
+    return [{**carried, stop: data} for carried, data in zip(walk.carried, outputs, strict=True)]
 
 
 def _raised(
@@ -152,14 +152,14 @@ def _raised(
 
 def _reached(piece: Piece, sites: Sequence[Site]) -> set[ir.Value]:
     """The floats of the piece that depend on its sites."""
-    found = {value for site in sites for value in site.node.outputs}
-    stack = list(found)
+    reached = {value for site in sites for value in site.node.outputs}
+    stack = list(reached)
     while stack:
         for reader in stack.pop().consumers():
-            fresh = [v for v in reader.outputs if reader in piece.nodes and v not in found]
-            found.update(fresh)
+            fresh = [v for v in reader.outputs if reader in piece.nodes and v not in reached]
+            reached.update(fresh)
             stack += fresh
-    return {value for value in found if value.dtype in (None, *FLOATS)}
+    return {value for value in reached if value.dtype in (None, *FLOATS)}
 
 
 def _settled(

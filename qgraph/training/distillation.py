@@ -12,26 +12,26 @@ from torch import Tensor, nn
 from qgraph.graph.reading import constant, is_op, node_name
 
 
-def distances(given: Any, wanted: Any, temperature: float) -> Tensor:
+def distances(outputs: Any, targets: Any, temperature: float) -> Tensor:
     """The mean of :func:`distance` over the outputs."""
-    pairs = zip(_floats(given), _floats(wanted), strict=True)
+    pairs = zip(_floats(outputs), _floats(targets), strict=True)
     return torch.stack([distance(y, t, temperature) for y, t in pairs]).mean()
 
 
-def distance(y: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+def distance(y: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Squared error over the mean square, or with a temperature the divergence of the softmaxes;
     see :meth:`qgraph.training.module.QuantizedModule.distillation_loss`."""
     if not temperature:
-        return (y - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12)
+        return (y - target).square().mean() / target.square().mean().clamp(min=1e-12)
     soft = torch.log_softmax(y.flatten(0, -2) / temperature, -1)
-    target = torch.log_softmax(wanted.flatten(0, -2) / temperature, -1)
-    loss = nn.functional.kl_div(soft, target, log_target=True, reduction="batchmean")
+    soft_target = torch.log_softmax(target.flatten(0, -2) / temperature, -1)
+    loss = nn.functional.kl_div(soft, soft_target, log_target=True, reduction="batchmean")
     return loss * temperature**2
 
 
 def _floats(outputs: Any) -> list[Tensor]:
-    found = outputs if isinstance(outputs, tuple | list) else [outputs]
-    return [y for y in found if isinstance(y, Tensor) and y.is_floating_point()]
+    tensors = outputs if isinstance(outputs, tuple | list) else [outputs]
+    return [y for y in tensors if isinstance(y, Tensor) and y.is_floating_point()]
 
 
 def compared_nodes(model: ir.Model, sites: Iterable[str]) -> set[str]:

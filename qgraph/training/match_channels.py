@@ -16,16 +16,16 @@ from qgraph.torch.to_module import onnx_node
 from qgraph.training.quantizers import WeightQuantizer
 
 
-def regression(y: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and offset of each channel for which gain · y + offset is nearest to `wanted`.
+def regression(y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and offset of each channel for which gain · y + offset is nearest to `target`.
 
     Args:
-        y, wanted: (N, channels, ...).
+        y, target: (N, channels, ...).
 
     Returns:
         (channels,) each; gains between a half and two.
     """
-    ours, theirs = (a.transpose(0, 1).flatten(1) for a in (y, wanted))
+    ours, theirs = (a.transpose(0, 1).flatten(1) for a in (y, target))
     mean, aim = ours.mean(1), theirs.mean(1)
     centered = ours - mean[:, None]
     power = centered.square().mean(1)
@@ -72,17 +72,17 @@ class MatchChannels(fx.Interpreter):
     Quantization-Aware Training", for both; here by least squares.
     """
 
-    def __init__(self, module: fx.GraphModule, wanted: dict[str, Tensor]) -> None:
+    def __init__(self, module: fx.GraphModule, targets: dict[str, Tensor]) -> None:
         super().__init__(module)
-        self.wanted, self.layers = wanted, layers(module)
+        self.targets, self.layers = targets, layers(module)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         name = onnx_node(n)
-        if n.op != "call_function" or name not in self.wanted:
+        if n.op != "call_function" or name not in self.targets:
             return result
         quantizer, weight, bias = self.layers[name]
-        gain, offset = regression(result, self.wanted.pop(name))
+        gain, offset = regression(result, self.targets.pop(name))
         quantizer.start.mul_(gain)
         weight.mul_(spread(gain, weight.shape, *layout(quantizer.spec)))
         bias.mul_(gain.reshape(bias.shape)).add_(offset.reshape(bias.shape))
@@ -92,7 +92,7 @@ class MatchChannels(fx.Interpreter):
 
 def layers(module: fx.GraphModule) -> dict[str, tuple[WeightQuantizer, Tensor, Tensor]]:
     """The layers that can be corrected, by node: quantizer, weight and bias."""
-    found = {}
+    by_node = {}
     for node in module.graph.nodes:
         quantizer = module.get_submodule(node.target) if node.op == "call_module" else None
         if not isinstance(quantizer, WeightQuantizer) or len(node.args) < 2:
@@ -102,8 +102,8 @@ def layers(module: fx.GraphModule) -> dict[str, tuple[WeightQuantizer, Tensor, T
         if weight is None or bias is None or not isinstance(kind, PerAxis):
             continue
         if quantizer.start.numel() == bias.numel() == quantizer.outputs:
-            found[str(onnx_node(node))] = quantizer, weight, bias
-    return found
+            by_node[str(onnx_node(node))] = quantizer, weight, bias
+    return by_node
 
 
 def _own(module: nn.Module, node: fx.Node) -> Tensor | None:
@@ -111,7 +111,7 @@ def _own(module: nn.Module, node: fx.Node) -> Tensor | None:
     if len(node.users) > 1:
         return None
     if node.op == "get_attr":
-        found: Tensor = attrgetter(str(node.target))(module)
-        return found if isinstance(found, nn.Parameter) else None
+        weight: Tensor = attrgetter(str(node.target))(module)
+        return weight if isinstance(weight, nn.Parameter) else None
     source = _own(module, node.all_input_nodes[0]) if node.target is torch.t else None
     return None if source is None else source.t()

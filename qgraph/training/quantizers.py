@@ -108,8 +108,7 @@ class DataQuantizer(nn.Module):
             low, high = (np.float32(bound.item()) for bound in (self.low, self.high))
             scale, zero = scale_zero_point(low, high, self.spec)
         else:
-            found = first_scales(seen[np.newaxis], self.spec)
-            scale, zero = found[0][0], found[1][0]
+            (scale,), (zero,) = first_scales(seen[np.newaxis], self.spec)
         self.start.copy_(torch.as_tensor(scale))
         self.zero.copy_(torch.as_tensor(zero))
 
@@ -194,11 +193,11 @@ class WeightQuantizer(nn.Module):
         self.zero.copy_(zero.reshape(self.zero.shape))
 
     @torch.no_grad()
-    def take(self, found: Quantized, w: Tensor) -> None:
+    def take(self, weight: Quantized, w: Tensor) -> None:
         """Start from this rounded weight."""
-        w.copy_(torch.from_numpy(found.float()))
-        self.start.copy_(torch.from_numpy(found.scale).reshape(self.start.shape))
-        self.zero.copy_(torch.from_numpy(found.zero).reshape(self.zero.shape))
+        w.copy_(torch.from_numpy(weight.float()))
+        self.start.copy_(torch.from_numpy(weight.scale).reshape(self.start.shape))
+        self.zero.copy_(torch.from_numpy(weight.zero).reshape(self.zero.shape))
         self.log_factor.zero_()
 
     @torch.no_grad()

@@ -115,8 +115,8 @@ def dropout(
     share = 0.5 if ratio is None else float(ratio)
     if training_mode is None or not bool(training_mode) or share == 0:
         return x, torch.ones_like(x, dtype=torch.bool)
-    kept = torch.rand(x.shape, device=x.device) >= share
-    return torch.where(kept, x / (1 - share), 0), kept
+    mask = torch.rand(x.shape, device=x.device) >= share
+    return torch.where(mask, x / (1 - share), 0), mask
 
 
 def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

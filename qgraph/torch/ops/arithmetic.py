@@ -91,10 +91,10 @@ def greater_or_equal(a: Tensor, b: Tensor) -> Tensor:
 
 
 def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> Tensor:
-    found = torch.isinf(x.to(torch.float32) if x.element_size() == 1 else x)
+    infinite = torch.isinf(x.to(torch.float32) if x.element_size() == 1 else x)
     if not detect_negative:
-        found = found & (x > 0)
-    return found if detect_positive else found & (x < 0)
+        infinite = infinite & (x > 0)
+    return infinite if detect_positive else infinite & (x < 0)
 
 
 def is_nan(x: Tensor) -> Tensor:
@@ -174,10 +174,10 @@ def cumsum(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> 
     dim = int(axis)
     if reverse:
         x = x.flip(dim)
-    found = torch.cumsum(x, dim, dtype=x.dtype)
+    sums = torch.cumsum(x, dim, dtype=x.dtype)
     if exclusive:
-        found = found - x
-    return found.flip(dim) if reverse else found
+        sums = sums - x
+    return sums.flip(dim) if reverse else sums
 
 
 def cumprod(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
@@ -187,8 +187,8 @@ def cumprod(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) ->
     if exclusive:
         first = torch.ones_like(x.narrow(dim, 0, 1))
         x = torch.cat([first, x.narrow(dim, 0, x.shape[dim] - 1)], dim)
-    found = torch.cumprod(x, dim, dtype=x.dtype)
-    return found.flip(dim) if reverse else found
+    products = torch.cumprod(x, dim, dtype=x.dtype)
+    return products.flip(dim) if reverse else products
 
 
 def arange(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:

@@ -128,10 +128,10 @@ def _allowed(
         bounds.append(key <= place + right)
     if not bounds:
         return None
-    found = bounds[0]
+    allowed = bounds[0]
     for bound in bounds[1:]:
-        found = found & bound
-    return found
+        allowed = allowed & bound
+    return allowed
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -182,7 +182,7 @@ def linear_attention(
     outputs: int,
 ) -> tuple[Tensor, Tensor]:
     """One token after another: the state is an outer product of keys and values, (B, H, dk, dv)."""
-    kept = query.dtype
+    dtype = query.dtype
     q = heads(query, q_num_heads).to(torch.float32)
     k, v = heads(key, kv_num_heads).to(torch.float32), heads(value, kv_num_heads).to(torch.float32)
     factor = scale or 1 / math.sqrt(q.shape[-1])
@@ -203,7 +203,7 @@ def linear_attention(
         own = shared(state, q_num_heads)
         results.append(factor * torch.einsum("bhkv,bhk->bhv", own, q[:, :, t]))
     y = torch.stack(results, 2)
-    return merged(y).to(kept), state.to(kept if past_state is None else past_state.dtype)
+    return merged(y).to(dtype), state.to(dtype if past_state is None else past_state.dtype)
 
 
 def causal_conv_with_state(

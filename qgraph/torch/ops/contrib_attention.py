@@ -142,12 +142,12 @@ def _mask_of(
         return None
     if mask.ndim == 1:
         place = torch.arange(keys, device=mask.device)
-        kept = place < mask[:batch, None]
+        valid = place < mask[:batch, None]
         if mask.numel() == 2 * batch:
-            kept = kept & (place >= mask[batch:, None])
+            valid = valid & (place >= mask[batch:, None])
         elif mask.numel() != batch:
             raise NotImplementedError("torch has no masks of packed sequences")
-        mask = kept
+        mask = valid
     mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
     if mask.shape[-1] != keys or mask.shape[-2] not in (1, queries):
         raise NotImplementedError("torch has no masks of this shape")

@@ -44,17 +44,17 @@ def loop(
     Returns:
         the last state, then the stacked slices.
     """
-    kept = list(state)
+    carried = list(state)
     slices: list[list[Tensor]] = [[] for _ in scanned]
-    device = next((t.device for t in (*kept, *captured)), None)
+    device = next((t.device for t in (*carried, *captured)), None)
     going = condition is None or bool(condition)
     number = 0
     while going and (trip_count is None or number < int(trip_count)):
         iteration = torch.tensor(number, device=device)
         still = torch.tensor(True, device=device)
-        again, *results = body(iteration, still, *kept, *captured)
-        kept = results[: len(kept)]
-        for stack, value in zip(slices, results[len(kept) :], strict=True):
+        again, *results = body(iteration, still, *carried, *captured)
+        carried = results[: len(carried)]
+        for stack, value in zip(slices, results[len(carried) :], strict=True):
             stack.append(value)
         going = bool(again)
         number += 1
@@ -62,7 +62,7 @@ def loop(
         torch.stack(stack) if stack else _nothing(kind, device)
         for stack, kind in zip(slices, scanned, strict=True)
     ]
-    return (*kept, *stacked)
+    return (*carried, *stacked)
 
 
 def _nothing(kind: tuple[torch.dtype, Sequence[int]] | None, device: torch.device | None) -> Tensor:
@@ -87,7 +87,7 @@ def scan(
     Returns:
         the last state, then the slices stacked along `output_axes`; a direction of 1 is backward.
     """
-    kept = list(state)
+    carried = list(state)
     count = sequences[0].shape[input_axes[0]]
     slices: list[list[Tensor]] = []
     for step in range(count):
@@ -97,13 +97,13 @@ def scan(
                 sequences, input_axes, input_directions, strict=True
             )
         ]
-        results = body(*kept, *elements, *captured)
-        kept = list(results[: len(kept)])
-        slices.append(list(results[len(kept) :]))
+        results = body(*carried, *elements, *captured)
+        carried = list(results[: len(carried)])
+        slices.append(list(results[len(carried) :]))
     stacked = [
         torch.stack(parts[::-1] if backward else parts, axis)
         for parts, axis, backward in zip(
             zip(*slices, strict=True), output_axes, output_directions, strict=True
         )
     ]
-    return (*kept, *stacked)
+    return (*carried, *stacked)

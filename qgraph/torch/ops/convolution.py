@@ -57,16 +57,16 @@ def window(
     rank = len(size)
     step, spread = list(strides or [1] * rank), list(dilations or [1] * rank)
     edges = list(pads or [0] * (2 * rank))
-    found = Window(list(size), step, spread, edges[:rank], edges[rank:])
+    padded = Window(list(size), step, spread, edges[:rank], edges[rank:])
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
         for axis in range(rank):
             length = x.shape[axis + 2]
             count = -(-length // step[axis])
-            total = max((count - 1) * step[axis] + found.reach(axis) - length, 0)
+            total = max((count - 1) * step[axis] + padded.reach(axis) - length, 0)
             less, more = total // 2, total - total // 2
-            found.before[axis] = less if auto_pad == "SAME_UPPER" else more
-            found.after[axis] = more if auto_pad == "SAME_UPPER" else less
-    return found
+            padded.before[axis] = less if auto_pad == "SAME_UPPER" else more
+            padded.after[axis] = more if auto_pad == "SAME_UPPER" else less
+    return padded
 
 
 def conv(

@@ -79,8 +79,8 @@ def _weights(
         weights = torch.where((taps >= 0) & (taps < length), weights, 0)
     if exclude_outside or antialias:
         weights = weights / weights.sum(1, keepdim=True)
-    found = torch.zeros(place.numel(), length, dtype=torch.float64)
-    return found.index_add(1, taps.clamp(0, length - 1).to(torch.int64), weights)
+    matrix = torch.zeros(place.numel(), length, dtype=torch.float64)
+    return matrix.index_add(1, taps.clamp(0, length - 1).to(torch.int64), weights)
 
 
 def _sizes(
@@ -211,28 +211,28 @@ def non_max_suppression(
     else:
         first, second = boxes[..., :2], boxes[..., 2:]
         boxes = torch.cat([torch.minimum(first, second), torch.maximum(first, second)], -1)
-    kept = []
+    chosen = []
     for batch, of_batch in enumerate(scores):
         for kind, score in enumerate(of_batch):
             order = torch.argsort(score, descending=True, stable=True)
             if score_threshold is not None:
                 order = order[score[order] > float(score_threshold)]
             for index in _suppressed(boxes[batch], order, overlap, limit):
-                kept.append([batch, kind, index])
-    return torch.tensor(kept, dtype=torch.int64, device=boxes.device).reshape(-1, 3)
+                chosen.append([batch, kind, index])
+    return torch.tensor(chosen, dtype=torch.int64, device=boxes.device).reshape(-1, 3)
 
 
 def _suppressed(boxes: Tensor, order: Tensor, overlap: float, limit: int) -> list[int]:
-    kept: list[int] = []
-    while order.numel() and len(kept) < limit:
+    chosen: list[int] = []
+    while order.numel() and len(chosen) < limit:
         best, order = order[0], order[1:]
-        kept.append(int(best))
+        chosen.append(int(best))
         low = torch.maximum(boxes[best, :2], boxes[order, :2])
         high = torch.minimum(boxes[best, 2:], boxes[order, 2:])
         common = (high - low).clamp(min=0).prod(-1)
         union = _area(boxes[best]) + _area(boxes[order]) - common
         order = order[~(common > overlap * union)]
-    return kept
+    return chosen
 
 
 def _area(boxes: Tensor) -> Tensor:

@@ -225,9 +225,9 @@ def embed_layer_normalization(
     total = F.embedding(input_ids, word_embedding) + F.embedding(places, position_embedding)
     if segment_ids is not None and segment_embedding is not None:
         total = total + F.embedding(segment_ids, segment_embedding)
-    kept = input_ids.new_zeros(input_ids.shape[0]) if mask is None else mask.sum(1)
+    lengths = input_ids.new_zeros(input_ids.shape[0]) if mask is None else mask.sum(1)
     y = F.layer_norm(total, total.shape[-1:], gamma, beta, epsilon)
-    return y, kept.to(torch.int32), total
+    return y, lengths.to(torch.int32), total
 
 
 OPERATORS: Operators = {

@@ -47,12 +47,12 @@ def _functions(
     takes_alpha = {*_DEFAULT_ALPHA, "affine", "scaledtanh"}
     takes_beta = {"hardsigmoid", "affine", "scaledtanh"}
     left, right = iter(alphas or ()), iter(betas or ())
-    found = []
+    functions = []
     for name in names:
         alpha = next(left, None) if name.lower() in takes_alpha else None
         beta = next(right, None) if name.lower() in takes_beta else None
-        found.append(_clipped(_activation(name, alpha, beta), clip))
-    return found
+        functions.append(_clipped(_activation(name, alpha, beta), clip))
+    return functions
 
 
 def _clipped(function: Function, clip: float | None) -> Function:

@@ -53,13 +53,13 @@ def _extreme(function: Callable[..., Tensor], empty: str) -> Reduction:
             return function(x, dims, keepdim=keep)
         shape = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
         if x.dtype == torch.bool:
-            found = torch.full(shape, empty == "max", dtype=x.dtype, device=x.device)
+            extreme = torch.full(shape, empty == "max", dtype=x.dtype, device=x.device)
         else:
             info = torch.finfo(x.dtype) if is_float(x) else torch.iinfo(x.dtype)
-            found = torch.full(shape, getattr(info, empty), dtype=x.dtype, device=x.device)
+            extreme = torch.full(shape, getattr(info, empty), dtype=x.dtype, device=x.device)
             if is_float(x):
-                found = found * math.inf
-        return found if keep else found.squeeze(dims)
+                extreme = extreme * math.inf
+        return extreme if keep else extreme.squeeze(dims)
 
     return reduced
 
@@ -156,8 +156,8 @@ def _arg(x: Tensor, largest: bool, axis: int, keepdims: int, last: int) -> Tenso
     ordered = x.flip(axis) if last else x
     # Where several are equal, torch promises the first only of a boolean's largest elements.
     best = (torch.amax if largest else torch.amin)(ordered, axis, keepdim=True)
-    found = torch.argmax((ordered == best).to(torch.uint8), axis, keepdim=bool(keepdims))
-    return x.shape[axis] - 1 - found if last else found
+    index = torch.argmax((ordered == best).to(torch.uint8), axis, keepdim=bool(keepdims))
+    return x.shape[axis] - 1 - index if last else index
 
 
 def topk(

@@ -18,10 +18,10 @@ def size(x: Tensor) -> Tensor:
 
 
 def reshape(x: Tensor, shape: Ints, *, allowzero: int = 0) -> Tensor:
-    wanted = ints(shape)
+    sizes = ints(shape)
     if not allowzero:
-        wanted = [x.shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
-    return x.reshape(wanted)
+        sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+    return x.reshape(sizes)
 
 
 def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
@@ -35,8 +35,8 @@ def squeeze(x: Tensor, axes: Ints | None = None) -> Tensor:
 
 
 def unsqueeze(x: Tensor, axes: Ints) -> Tensor:
-    wanted = ints(axes)
-    for axis in sorted(axis % (x.ndim + len(wanted)) for axis in wanted):
+    places = ints(axes)
+    for axis in sorted(axis % (x.ndim + len(places)) for axis in places):
         x = x.unsqueeze(axis)
     return x
 
@@ -82,9 +82,9 @@ def cut(
 
 
 def expand(x: Tensor, shape: Ints) -> Tensor:
-    wanted = ints(shape)
-    rank = max(len(wanted), x.ndim)
-    have, new = ([1] * (rank - len(s)) + list(s) for s in (x.shape, wanted))
+    sizes = ints(shape)
+    rank = max(len(sizes), x.ndim)
+    have, new = ([1] * (rank - len(s)) + list(s) for s in (x.shape, sizes))
     return x.broadcast_to([h if n == 1 else n for h, n in zip(have, new, strict=True)])
 
 
@@ -162,8 +162,8 @@ def space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
 
 
 def center_crop_pad(x: Tensor, shape: Ints, *, axes: list[int] | None = None) -> Tensor:
-    wanted = ints(shape)
-    for axis, length in zip(axes or range(len(wanted)), wanted, strict=True):
+    lengths = ints(shape)
+    for axis, length in zip(axes or range(len(lengths)), lengths, strict=True):
         have = x.shape[axis]
         if length < have:
             x = x.narrow(axis, (have - length) // 2, length)

@@ -45,8 +45,8 @@ def torch_dtype(onnx_type: int) -> torch.dtype:
 def ints(values: Ints) -> list[int]:
     """Steering integers as Python ones; a scalar is a list of one."""
     if isinstance(values, Tensor):
-        found = values.tolist()
-        return found if isinstance(found, list) else [found]
+        numbers = values.tolist()
+        return numbers if isinstance(numbers, list) else [numbers]
     return list(values)
 
 
@@ -57,11 +57,11 @@ def integer(value: Ints) -> int:
 
 def wide(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """`function`, for unsigned types that it does not know by way of int64."""
-    kept = tensors[0].dtype
-    if kept not in WIDE_UNSIGNED:
+    dtype = tensors[0].dtype
+    if dtype not in WIDE_UNSIGNED:
         return function(*tensors)
     result = function(*(_as_int64(t) if t.dtype in WIDE_UNSIGNED else t for t in tensors))
-    return result.to(kept) if result.dtype == torch.int64 else result
+    return result.to(dtype) if result.dtype == torch.int64 else result
 
 
 def _as_int64(tensor: Tensor) -> Tensor:
