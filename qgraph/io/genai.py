@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qgraph.io.models import GENAI_CONFIG, SOURCE
+from qgraph.io.models import GENAI_CONFIG, source_files
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def parts(model: ir.Model) -> tuple[Part | None, Part | None]:
 
     Source: onnxruntime-genai's reference of `genai_config.json`.
     """
-    source: Path | None = model.meta.get(SOURCE)
+    source = next(iter(source_files(model)), None)
     if source is None:
         return None, None
     found = _parts(source.parent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -13,19 +13,21 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+    PathOf = Callable[[torch.fx.Node], str | None]
+
 _FIXED = re.compile(r"static shape of (\d+) for dimension inputs\['(\w+)'\]\S*\.shape\[(\d+)\]")
 _CAUSAL = "_detect_is_causal_mask"
 """What torch's transformers call to look into a mask, where they are not told what is in it."""
 
 
-def explain(error: BaseException, module: torch.nn.Module) -> str:
+def explain(error: BaseException, module: torch.nn.Module, path_of: PathOf) -> str:
     """One line: the layer that was being captured, the reason, and what to do about it."""
     chain = _chain(error)
     name = f"module {type(module).__name__}"
     if fixed := _FIXED.search(str(chain[0])):
         size, value, axis = fixed.groups()
         return f"cannot trace {name} {fixed_axis(value, int(axis), int(size))}"
-    layer = next((found for cause in chain if (found := _layer_of(cause, module))), None)
+    layer = next((found for cause in chain if (found := _layer_of(cause, module, path_of))), None)
     text = " ".join(str(chain[0]).split("\n\n")[0].split()) or type(chain[0]).__name__
     advice = ""
     if "data-dependent" in text:
@@ -97,7 +99,7 @@ def _where(chain: list[BaseException]) -> str:
     return f" at {Path(code.co_filename).name}:{line} ({text}), {advice}"
 
 
-def _layer_of(error: BaseException, module: torch.nn.Module) -> str | None:
+def _layer_of(error: BaseException, module: torch.nn.Module, path_of: PathOf) -> str | None:
     """The innermost submodule whose code, or whose captured node, was at work when `error` rose."""
     import torch
 
@@ -105,8 +107,8 @@ def _layer_of(error: BaseException, module: torch.nn.Module) -> str | None:
     found = None
     for frame, _ in _frames(error):
         for local in frame.f_locals.values():
-            if isinstance(local, torch.fx.Node) and local.meta.get("nn_module_stack"):
-                found = list(local.meta["nn_module_stack"].values())[-1][0] or found
+            if isinstance(local, torch.fx.Node):
+                found = path_of(local) or found
         part = frame.f_locals.get("self")
         if isinstance(part, torch.nn.Module) and paths.get(id(part)):
             found = paths[id(part)]

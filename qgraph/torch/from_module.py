@@ -101,7 +101,7 @@ def trace(
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(explain(error, module)) from error
+            raise ModelError(explain(error, module, _path_of)) from error
     if left_out:
         warnings.warn(
             f"the {left_out[0]} that {type(module).__name__} returns is left out: "
@@ -128,6 +128,12 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _path_of(node: torch.fx.Node) -> str | None:
+    """The innermost submodule that a captured node comes from."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 from qgraph.backends import get_target
 from qgraph.errors import ModelError
 from qgraph.graph.sites import sites
-from qgraph.io.kv_cache import complete_feed, past_shapes
+from qgraph.io.kv_cache import Completer, complete_feed
 from qgraph.io.session import open_session, run
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.pipeline.context import Context
@@ -84,7 +84,7 @@ def test_caches_become_inputs_and_outputs(build: Any) -> None:
     assert [*past] == [f"past_key_values.{i}.{part}" for i in (0, 1) for part in ("key", "value")]
     assert all(shape[0] == "batch" and shape[2] == "past_length" for shape in past.values())
     assert inputs["attention_mask"] == ["batch", "total_length"]
-    assert [*past_shapes(model)] == [*past]  # what calibration recognises
+    assert [*Completer(model).states] == [*past]  # what calibration recognises
 
     tokens = ids(3, 11)
     with torch.no_grad():
