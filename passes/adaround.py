@@ -54,6 +54,7 @@ class AdaRound(Pass):
     """
 
     name: ClassVar[str] = "adaround"
+    version: ClassVar[int] = 1
     contract: ClassVar[Contract] = Contract.LOSSY
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
 

@@ -56,6 +56,7 @@ class AutoRound(Pass):
     """
 
     name: ClassVar[str] = "autoround"
+    version: ClassVar[int] = 1
     contract: ClassVar[Contract] = Contract.LOSSY
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
 

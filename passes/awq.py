@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph.calibration.capture import Rows, captured, first_feeds
-from qgraph.calibration.resume import kept_for
+from qgraph.calibration.resume import Resumable
 from qgraph.errors import check_counts
 from qgraph.graph.annotation import (
     Stage,
@@ -72,6 +72,7 @@ class AWQ(Pass):
     """
 
     name: ClassVar[str] = "awq"
+    version: ClassVar[int] = 1
     contract: ClassVar[Contract] = Contract.EQUIVALENT
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
 
@@ -94,17 +95,17 @@ class AWQ(Pass):
                 routes[x] = route
         if not routes:
             return False
-        kept = kept_for(self, self.name, model, first_feeds(context), context)
+
+        def search(capture: tuple[ir.Value, Rows]) -> Arrays:
+            x, tokens = capture
+            return self._search(groups[x], routes[x], tokens, context)
+
+        resumable = Resumable.of(self, model, first_feeds(context), context)
         work = captured(model, list(routes), context, TOKENS)
+        progress = context.progress(work, "scaling weights", len(routes))
         changed = False
-        steps = context.progress(work, "scaling weights", len(routes))
-        for step, (x, tokens) in enumerate(steps):
-            found = kept.result(step)
-            if found is None:
-                found = self._search(groups[x], routes[x], tokens, context)
-                kept.keep_result(step, found)
-            changed |= self._scale(model, groups[x], routes[x], found, context)
-        kept.finish(self.name, context)
+        for (x, _), factors in resumable.steps(progress, search):
+            changed |= self._scale(model, groups[x], routes[x], factors, context)
         if changed:
             remove_dead(model)
         return changed

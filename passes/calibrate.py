@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from qgraph.calibration.collect import _collect, reductions
-from qgraph.calibration.resume import read_stats, stats_file, write_stats
+from qgraph.calibration.collect import collect, reductions
+from qgraph.calibration.resume import key, read_stats, write_stats
 from qgraph.errors import CalibrationError
 from qgraph.graph.annotation import Stage, set_stats, wanted_of
 from qgraph.graph.editing import redirect
 from qgraph.graph.functions import OBSERVER, is_call, undeclare_unused
-from qgraph.numerics.stats import Stats
+from qgraph.numerics.stats import Stats, Wanted
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 
@@ -39,6 +38,7 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
+    version: ClassVar[int] = 1
     contract: ClassVar[Contract] = Contract.EQUIVALENT
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.OBSERVED})
     provides: ClassVar[frozenset[Stage]] = frozenset({Stage.CALIBRATED})
@@ -54,13 +54,7 @@ class Calibrate(Pass):
                 "the command line), or use the recipe 'dynamic'"
             )
         wanted = {_observed(node): wanted_of(node) for node in observers}
-        probe = reductions(model, wanted)
-        kept = stats_file(probe, context)
-        stats = read_stats(kept, wanted) if kept is not None else None
-        if stats is None:
-            stats = _collect(model, probe, wanted, context)
-            if kept is not None:
-                self._keep(kept, stats, context)
+        stats = self._stats(model, wanted, context)
         for node, name in zip(observers, wanted, strict=True):
             value = node.inputs[0]
             assert value is not None
@@ -72,12 +66,25 @@ class Calibrate(Pass):
         undeclare_unused(model)
         return True
 
-    def _keep(self, file: Path, stats: Mapping[str, Stats], context: Context) -> None:
+    def _stats(
+        self, model: ir.Model, wanted: dict[str, Wanted], context: Context
+    ) -> dict[str, Stats]:
+        """The statistics of the observed values, from the cache if it has them."""
+        probe = reductions(model, wanted)
+        if context.cache is None:
+            return collect(model, probe, wanted, context)
+        name = key(self, probe, context.calibration or ())
+        file = Path(context.cache) / f"calibration-{name}.npz"
+        stats = read_stats(file, wanted)
+        if stats is not None:
+            return stats
+        stats = collect(model, probe, wanted, context)
         try:
             write_stats(file, stats)
         except OSError as error:
             why = f"the statistics cannot be kept in {file.parent}: {error.strerror}"
             context.remark("warning", self.name, "", "", why)
+        return stats
 
 
 def _observed(node: ir.Node) -> str:

@@ -9,13 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.calibration.capture import Rows, captured, first_feeds
-from qgraph.calibration.resume import kept_for
+from qgraph.calibration.resume import Resumable
 from qgraph.errors import check_counts
 from qgraph.graph.annotation import Stage, annotated_weight_spec, product_groups
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.sites import Site
 from qgraph.numerics.blocks import Scales, full_range, rounding_error
-from qgraph.numerics.quantized import Quantized, from_arrays, to_arrays
+from qgraph.numerics.quantized import Arrays, Quantized, from_arrays, to_arrays
 from qgraph.numerics.reference import Float
 from qgraph.numerics.spec import QuantSpec
 from qgraph.pipeline.context import Context
@@ -57,6 +57,7 @@ class ClipWeights(Pass):
     """
 
     name: ClassVar[str] = "clip-weights"
+    version: ClassVar[int] = 1
     contract: ClassVar[Contract] = Contract.LOSSY
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
 
@@ -73,26 +74,26 @@ class ClipWeights(Pass):
         }
         if not groups:
             return False
-        # Nothing is rewritten before all has been seen: the data is that of the float model.
-        kept = kept_for(self, self.name, model, first_feeds(context), context)
-        clipped: list[tuple[Site, Quantized]] = []
+
+        def clip(capture: tuple[ir.Value, Rows]) -> Arrays:
+            x, tokens = capture
+            results = [self._clip(site, tokens, context) for site in groups[x]]
+            weights, ratios = zip(*results, strict=True)
+            return {**to_arrays(weights), "ratios": np.array(ratios)}
+
+        resumable = Resumable.of(self, model, first_feeds(context), context)
         work = captured(model, list(groups), context, TOKENS)
-        for step, (x, tokens) in enumerate(context.progress(work, "clipping weights", len(groups))):
-            found = kept.result(step)
-            if found is None:
-                results = [self._clip(site, tokens, context) for site in groups[x]]
-                weights, ratios = zip(*results, strict=True)
-                found = {**to_arrays(weights), "ratios": np.array(ratios)}
-                kept.keep_result(step, found)
-            for site, weight, ratio in zip(
-                groups[x], from_arrays(found), found["ratios"].tolist(), strict=True
-            ):
+        progress = context.progress(work, "clipping weights", len(groups))
+        # Nothing is rewritten before all has been seen: the data is that of the float model.
+        clipped: list[tuple[Site, Quantized]] = []
+        for (x, _), arrays in resumable.steps(progress, clip):
+            ratios = arrays["ratios"].tolist()
+            for site, weight, ratio in zip(groups[x], from_arrays(arrays), ratios, strict=True):
                 assert weight is not None
                 clipped.append((site, weight))
                 why = "clipped: the scales of its blocks are those that serve its outputs best"
                 op = site.node.op_type
                 context.remark("applied", self.name, site.name, op, why, noise_ratio=ratio)
-        kept.finish(self.name, context)
         for site, weight in clipped:
             replace_weight(model, site, weight, "clipped")
         remove_dead(model)

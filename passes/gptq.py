@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.calibration.resume import kept_for
+from qgraph.calibration.resume import Resumable
 from qgraph.calibration.walk import Walk
 from qgraph.errors import CalibrationError, QGraphError
 from qgraph.graph.annotation import (
@@ -73,6 +73,7 @@ class GPTQ(Pass):
     """
 
     name: ClassVar[str] = "gptq"
+    version: ClassVar[int] = 1
     contract: ClassVar[Contract] = Contract.LOSSY
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
 
@@ -90,38 +91,25 @@ class GPTQ(Pass):
         feeds = list(context.calibration or ())
         if not feeds:
             raise CalibrationError("this needs calibration data: give some typical inputs")
-        kept = kept_for(self, self.name, model, feeds, context)
-        missing = next((i for i in range(len(groups)) if kept.result(i) is None), len(groups))
-        walks: tuple[Walk, ...] = ()
-        if missing < len(groups):
-            stops = [str(x.name) for x in groups]
-            walks = Walk(model.clone(), stops, feeds), Walk(model, stops, feeds)
-            _resume(walks, kept.state(), missing)
+        resumable = Resumable.of(self, model, feeds, context)
+        stops = [str(x.name) for x in groups]
+        walks = Walk(model.clone(), stops, feeds), Walk(model, stops, feeds)
         masks = [feed.get(MASK) for feed in feeds]
-        steps = context.progress(groups.values(), "rounding by GPTQ", len(groups))
-        for step, sites in enumerate(steps):
-            data = [walk.advance() for walk in walks if walk.at == step]
-            stored = kept.result(step) if step < missing else None
-            nearest = [_to_nearest(site, context) for site in sites]
-            if stored is not None:
-                found = _restored(stored)
-            else:
-                meant, seen = data
-                gram, cross = gram_matrices(meant, seen, masks)
-                if not np.isfinite([gram, cross]).all():
-                    raise CalibrationError(
-                        f"'{sites[0].x.name}' becomes NaN or infinite on the calibration data: "
-                        "check the data, and that the float model is sound on it"
-                    )
-                del meant, seen
-                found = self._rounded(sites, nearest, gram, cross)
-                kept.keep_result(step, _arrays(found))
-                kept.keep_state(partial(_state, walks))
-            del data
-            for site, weight, rounded in zip(sites, nearest, found, strict=True):
-                replace_weight(model, site, rounded.weight if rounded else weight, "gptq")
+
+        def round_group(numbered: tuple[int, list[Site]]) -> Arrays:
+            step, sites = numbered
+            if not walks[0].at:
+                _resume(walks, resumable.state(), step)
+            gram, cross = _gram_matrices(walks, step, masks)
+            return _arrays(self._rounded(sites, gram, cross, context))
+
+        numbered = list(enumerate(groups.values()))
+        progress = context.progress(numbered, "rounding by GPTQ", len(groups))
+        for (_, sites), arrays in resumable.steps(progress, round_group, partial(_state, walks)):
+            for site, rounded in zip(sites, _restored(arrays), strict=True):
+                weight = rounded.weight if rounded else _to_nearest(site, context)
+                replace_weight(model, site, weight, "gptq")
                 self._report(site, rounded, context)
-        kept.finish(self.name, context)
         remove_dead(model)
         return True
 
@@ -148,15 +136,18 @@ class GPTQ(Pass):
         return {x: sites for x, sites in groups.items() if sites}
 
     def _rounded(
-        self, sites: list[Site], nearest: list[Quantized], gram: Matrix, cross: Matrix
+        self, sites: list[Site], gram: Matrix, cross: Matrix, context: Context
     ) -> list[Rounded | None]:
         """The weights of products that share their data; None where there was no data."""
         shared = problem(gram, cross, self.damping, self.act_order)
+        if shared is None:
+            return [None] * len(sites)
         found: list[Rounded | None] = []
-        for site, weight in zip(sites, nearest, strict=True):
+        for site in sites:
+            nearest = _to_nearest(site, context)
             w, spec = array(site.weight), annotated_weight_spec(site)
             assert w is not None
-            found.append(round_weight(w, site.axis, weight, spec, shared) if shared else None)
+            found.append(round_weight(w, site.axis, nearest, spec, shared))
             release(site.weight)
         return found
 
@@ -175,8 +166,30 @@ class GPTQ(Pass):
             context.remark("note", self.name, site.name, op, message, damping=rounded.damping)
 
 
+def _gram_matrices(
+    walks: Sequence[Walk], step: int, masks: Sequence[np.ndarray | None]
+) -> tuple[Matrix, Matrix]:
+    """Those of the data at a stop, in the float model and in the rounded one.
+
+    Raises:
+        CalibrationError: they are not finite.
+    """
+    for walk in walks:
+        walk.go_to(step)
+    meant, seen = (walk.advance() for walk in walks)
+    gram, cross = gram_matrices(meant, seen, masks)
+    if not np.isfinite([gram, cross]).all():
+        raise CalibrationError(
+            f"'{walks[0].pieces[step].stop.name}' becomes NaN or infinite on the calibration data: "
+            "check the data, and that the float model is sound on it"
+        )
+    return gram, cross
+
+
 def _to_nearest(site: Site, context: Context) -> Quantized:
-    return quantize_site(site, annotated_weight_spec(site), context.target.saturates)
+    nearest = quantize_site(site, annotated_weight_spec(site), context.target.saturates)
+    release(site.weight)
+    return nearest
 
 
 # --- what is kept of a run ------------------------------------------------------------------------

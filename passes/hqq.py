@@ -9,13 +9,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.calibration.resume import kept_for
+from qgraph.calibration.resume import Resumable
 from qgraph.errors import QGraphError, check_counts
 from qgraph.graph.annotation import Stage, product_groups
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.sites import Site
 from qgraph.numerics.blocks import Scales, block_sums, full_range, lowest, rounding_error, spread
-from qgraph.numerics.quantized import Quantized, from_arrays, to_arrays
+from qgraph.numerics.quantized import Arrays, from_arrays, to_arrays
 from qgraph.numerics.reference import Float, Int
 from qgraph.numerics.spec import QuantSpec
 from qgraph.pipeline.context import Context
@@ -54,6 +54,7 @@ class HQQ(Pass):
     """
 
     name: ClassVar[str] = "hqq"
+    version: ClassVar[int] = 1
     contract: ClassVar[Contract] = Contract.LOSSY
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
 
@@ -70,21 +71,15 @@ class HQQ(Pass):
         chosen = [site for sites in groups for site in sites if self._fits(site, context)]
         if not chosen:
             return False
-        kept = kept_for(self, self.name, model, (), context)
-        steps = context.progress(chosen, "half-quadratic", len(chosen))
-        for step, site in enumerate(steps):
-            found = kept.result(step)
-            if found is None:
-                weight, ratio = self._quantize(site)
-                found = {**to_arrays([weight]), "ratio": np.array(ratio)}
-                kept.keep_result(step, found)
-            (restored,) = from_arrays(found)
-            assert restored is not None
-            replace_weight(model, site, restored, "hqq")
-            op, ratio = site.node.op_type, float(found["ratio"])
+        resumable = Resumable.of(self, model, (), context)
+        progress = context.progress(chosen, "half-quadratic", len(chosen))
+        for site, arrays in resumable.steps(progress, self._quantize):
+            (weight,) = from_arrays(arrays)
+            assert weight is not None
+            replace_weight(model, site, weight, "hqq")
+            op, ratio = site.node.op_type, float(arrays["ratio"])
             why = "quantized half-quadratically: most weights of a block have smaller errors"
             context.remark("applied", self.name, site.name, op, why, norm_ratio=ratio)
-        kept.finish(self.name, context)
         remove_dead(model)
         return True
 
@@ -95,7 +90,7 @@ class HQQ(Pass):
             context.remark("declined", self.name, site.name, op, message)
         return why is None
 
-    def _quantize(self, site: Site) -> tuple[Quantized, float]:
+    def _quantize(self, site: Site) -> Arrays:
         """The rounded weight, and what is left of the norm of its errors."""
         norms = np.zeros(2)
 
@@ -106,7 +101,8 @@ class HQQ(Pass):
             return found
 
         weight = rounded_site(site, search)
-        return weight, norms[1] / norms[0] if norms[0] else 1.0
+        ratio = norms[1] / norms[0] if norms[0] else 1.0
+        return {**to_arrays([weight]), "ratio": np.array(ratio)}
 
 
 def half_quadratic(w: Float, spec: QuantSpec, p: float = 1.0, iterations: int = 10) -> Scales:

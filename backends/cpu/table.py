@@ -19,6 +19,7 @@ import numpy as np
 from qgraph.backends.cpu.case import Case
 from qgraph.backends.cpu.isa import host_isa, host_model
 from qgraph.backends.cpu.probes import build
+from qgraph.io.files import aside
 
 VERSION = 6
 """Raise it when the probes change: tables of other versions are measured anew."""
@@ -62,9 +63,8 @@ class Table:
     def _store(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.path.with_suffix(f".{os.getpid()}")
-            aside.write_text(json.dumps(self.speedups, indent=1, sort_keys=True))
-            aside.replace(self.path)
+            with aside(self.path) as unfinished:
+                unfinished.write_text(json.dumps(self.speedups, indent=1, sort_keys=True))
         except OSError:
             return  # an unwritable cache only costs measuring again
 

@@ -96,9 +96,19 @@ def _reduced(model: ir.Model, op: Any, op_type: str, x: ir.Value, axes: list[int
     return op(op_type, x, given, keepdims=0)  # type: ignore[no-any-return]
 
 
-def _collect(
+def collect(
     model: ir.Model, probe: ir.Model, wanted: Mapping[str, Wanted], context: Context
 ) -> dict[str, Stats]:
+    """The statistics of the observed values on the calibration data.
+
+    Args:
+        model: completes the feeds.
+        probe: what :func:`reductions` made of it.
+
+    Raises:
+        CalibrationError: there are no samples, the model does not run on one, or a value becomes
+            NaN or infinite.
+    """
     assert context.calibration is not None
     session = open_session(probe)
     outputs = [o.name for o in session.get_outputs()]

@@ -58,6 +58,15 @@ class Walk:
         self.at += 1
         return found
 
+    def go_to(self, piece: int) -> None:
+        """Run all pieces before this one.
+
+        Raises:
+            CalibrationError: the model does not run on the feeds.
+        """
+        while self.at < piece:
+            self.advance()
+
     def state(self) -> dict[str, np.ndarray]:
         """Where the walk is, for :meth:`resume`."""
         return {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qgraph.errors import QGraphError
@@ -27,16 +29,32 @@ def check_free(path: Path, others: set[Path | None]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file aside and rename it.
+    """Write a text file.
 
     Raises:
         QGraphError: that fails; nothing is left behind.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        with aside(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise QGraphError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, renamed to it at the end.
+
+    Readers find what was there before or all of what is written, also while other processes write
+    the same file: the last one counts. If anything fails, what has been written is removed.
+
+    Raises:
+        OSError: the file cannot be renamed.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,10 @@ class Wanted:
 class Stats:
     """What calibration knows of one value.
 
+    Class attributes:
+        version: to be raised whenever the same data gives other statistics than before: those of
+            older versions are not taken from the cache.
+
     Attributes:
         count: number of elements seen.
         low, high: extremes of the finite elements; (inf, -inf) before any was seen.
@@ -58,6 +62,8 @@ class Stats:
         channel_low, channel_high, channel_mean: float64, 1-D along a channel axis.
         token_power: histogram of the mean square of each token, the vector along the last axis.
     """
+
+    version: ClassVar[int] = 1
 
     count: int = 0
     low: float = float("inf")

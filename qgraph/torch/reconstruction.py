@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.calibration.resume import kept_for
+from qgraph.calibration.resume import Resumable, Work
 from qgraph.calibration.walk import Walk
 from qgraph.errors import CalibrationError, ModelError
 from qgraph.graph.annotation import annotated, annotated_weight_spec
@@ -33,11 +33,8 @@ MASK = "attention_mask"
 """The input that tells tokens from padding, if a model has one."""
 
 
-class Method(Protocol):
+class Method(Work, Protocol):
     """How the weights of a block are learned: what passes have of their own."""
-
-    @property
-    def name(self) -> str: ...
 
     def start(self, w: NDArray[Any], nearest: Quantized, spec: QuantSpec) -> Any:
         """What :meth:`learn` changes of the float weight `w`: one of the classes of
@@ -97,25 +94,26 @@ def reconstruct(
     feeds = list(context.calibration or ())
     if not feeds:
         raise CalibrationError("this needs calibration data: give some typical inputs")
-    kept = kept_for(method, method.name, model, feeds, context)
+    resumable = Resumable.of(method, model, feeds, context)
     stops = [str(value.name) for value in cuts]
     float_walk, walk = Walk(model.clone(), stops, feeds), Walk(model, stops, feeds)
     masks = [feed.get(MASK) for feed in feeds]
-    title = f"learning to round ({method.name})"
-    for step, piece in enumerate(context.progress(walk.pieces, title, len(stops))):
-        wanted = _outputs(float_walk)
-        if inside := [site for site in sites if site.node in piece.nodes]:
-            stored = kept.result(step)
-            if stored is None:
-                block = _raised(piece, inside, walk, wanted, masks)
-                outcome = _settled(inside, block, context, method)
-                del block
-                kept.keep_result(step, outcome.to_arrays())
-            else:
-                outcome = _Outcome.from_arrays(stored)
-            _apply(model, inside, outcome, context, method)
-        walk.advance()
-    kept.finish(method.name, context)
+
+    def learn(numbered: tuple[int, list[Site]]) -> Arrays:
+        at, inside = numbered
+        float_walk.go_to(at)
+        walk.go_to(at)
+        block = _raised(walk.pieces[at], inside, walk, _outputs(float_walk), masks)
+        return _settled(inside, block, context, method).to_arrays()
+
+    blocks = [
+        (at, inside)
+        for at, piece in enumerate(walk.pieces)
+        if (inside := [site for site in sites if site.node in piece.nodes])
+    ]
+    progress = context.progress(blocks, f"learning to round ({method.name})", len(blocks))
+    for (_, inside), arrays in resumable.steps(progress, learn):
+        _apply(model, inside, _Outcome.from_arrays(arrays), context, method)
     remove_dead(model)
 
 

@@ -35,7 +35,7 @@ import onnx_ir as ir
 from qgraph.errors import ModelError
 from qgraph.graph.annotation import spec_of, stats_of, use_specs
 from qgraph.graph.provenance import layer
-from qgraph.graph.text.tensors import content_hash, elements_of, strings_of, tensor_from
+from qgraph.graph.text.tensors import content_hash, digest, elements_of, strings_of, tensor_from
 
 INLINE = 8
 """Tensors of up to this many elements show them."""
@@ -65,9 +65,15 @@ def to_text(model: ir.Model, *, weights: bool = False) -> str:
     return _Printer(weights).model(model)
 
 
+def fingerprint(model: ir.Model) -> str:
+    """The short text with 16 bytes of hash for every tensor: no other model has the same."""
+    return _Printer(hash_bytes=16).model(model)
+
+
 class _Printer:
-    def __init__(self, complete: bool) -> None:
+    def __init__(self, complete: bool = False, hash_bytes: int | None = None) -> None:
         self._complete = complete
+        self._hash_bytes = hash_bytes
 
     def model(self, model: ir.Model) -> str:
         lines = [
@@ -168,6 +174,8 @@ class _Printer:
 
     def _tensor(self, tensor: ir.TensorProtocol) -> str:
         kind = _type(ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy()))
+        if self._hash_bytes is not None:
+            return f"{kind} {{#{digest(tensor, self._hash_bytes)}}}"
         if tensor.size > INLINE and not self._complete:
             return f"{kind} {{#{content_hash(tensor)}}}"
         if tensor.dtype == ir.DataType.STRING:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
 
 
 def content_hash(tensor: ir.TensorProtocol) -> str:
-    """Eight hex digits that depend on dtype, shape and data alone."""
-    digest = hashlib.blake2b(f"{tensor.dtype.name}{tensor.shape.numpy()}".encode(), digest_size=4)
+    """The hash that is printed: eight hex digits, for readers who compare two texts."""
+    return digest(tensor, 4)
+
+
+def digest(tensor: ir.TensorProtocol, size: int) -> str:
+    """`size` bytes, as hex digits, that depend on dtype, shape and data alone.
+
+    What lies in a file is read in chunks, and not mapped into memory.
+    """
+    found = hashlib.blake2b(f"{tensor.dtype.name}{tensor.shape.numpy()}".encode(), digest_size=size)
     if tensor.dtype == ir.DataType.STRING:
-        digest.update(repr(strings_of(tensor)).encode())
+        found.update(repr(strings_of(tensor)).encode())
+    elif isinstance(tensor, ir.ExternalTensor):
+        tensor.tofile(SimpleNamespace(write=found.update))
     else:
-        digest.update(tensor.tobytes())
-    return digest.hexdigest()
+        found.update(tensor.tobytes())
+    return found.hexdigest()
 
 
 def strings_of(tensor: ir.TensorProtocol) -> list[bytes]:
