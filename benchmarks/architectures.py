@@ -7,7 +7,9 @@ architecture's graph looks, what states it has, and whether onnxruntime runs it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -214,12 +216,13 @@ with experts, whose activation onnxruntime does not run on a CPU.
 
 
 def folder(name: str, *options: str) -> Path:
-    """The folder of an architecture, built once.
+    """The folder of an architecture, built once for its settings.
 
     Args:
         options: of the builder, such as `exclude_embeds=true`.
     """
-    entry = "-".join(["architecture", name, *(option.replace("=", "-") for option in options)])
+    said = json.dumps([ARCHITECTURES[name], WORDS, options])
+    entry = f"architecture-{name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
     return cached(entry, lambda out: _build(name, out, options))
 
 
