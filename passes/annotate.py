@@ -49,22 +49,20 @@ from qgraph.graph.sites import (
     sites,
 )
 from qgraph.numerics.spec import (
-    FLOAT8,
     PER_RUN,
     PER_TOKEN,
-    SMALL_INTEGERS,
     WEIGHT,
-    PerAxis,
-    PerBlock,
     PerTensor,
     QuantSpec,
     RangeMethod,
     describe,
+    with_channels,
     words,
 )
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 from qgraph.pipeline.target import Verdict
+from qgraph.weights import formats
 
 Scheme = Literal["static", "dynamic"]
 _USUAL: tuple[RangeMethod, RangeMethod] = ("mse", "minmax")
@@ -142,7 +140,6 @@ _FUSED = {
     "CausalConvWithState": "a depthwise convolution with its state, which has no integer kernel",
 }
 """Why operators that hold weights are no sites."""
-_NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 SMALL_TABLE = 1 << 16
 """A lookup table of fewer bytes is not worth quantizing."""
 
@@ -248,7 +245,7 @@ class Annotate(Pass):
                 break
             if inside and activation is not None and not activation.dynamic:
                 verdict = Verdict(False, "calibration cannot look into bodies of control flow")
-            elif lacking := _unwritable(weight, activation, site, version):
+            elif lacking := formats.of(weight).fits(weight, site, activation, version):
                 verdict = Verdict(False, lacking)
             else:
                 verdict = context.target.supports(site, activation, weight)
@@ -303,39 +300,10 @@ def _own(weight: QuantSpec, site: Site) -> Iterator[QuantSpec]:
     if rounded is not None:
         yield rounded[0]
         return
-    per_channel = PerAxis(site.axis)
-    if isinstance(weight.granularity, PerBlock):
-        yield weight.with_(granularity=PerBlock(1 - site.axis, weight.granularity.size))
-    elif isinstance(weight.granularity, PerAxis):
-        yield weight.with_(granularity=per_channel)
-    else:
-        yield weight
-    if isinstance(weight.granularity, PerBlock) or weight.dtype in _NIBBLES:
-        yield WEIGHT.with_(granularity=per_channel)
-
-
-def _unwritable(
-    weight: QuantSpec, activation: QuantSpec | None, site: Site, version: int
-) -> str | None:
-    """Why the weight cannot be written like this, or None."""
-    if weight.dtype in FLOAT8:
-        known = version >= SMALL_INTEGERS
-        return None if known else f"opset {version} knows no float8: convert-opset to 21 first"
-    if not isinstance(weight.granularity, PerBlock) and weight.dtype not in _NIBBLES:
-        return None
-    table = site.kind == "gather" and isinstance(weight.granularity, PerBlock)
-    if not site.is_product and not (table and len(dims(site.weight)) == 2):
-        return f"blocks and 4-bit integers are for products, not for {site.node.op_type}"
-    if activation is not None and not activation.dynamic:
-        return "no runtime multiplies blocks or 4-bit integers by data with a fixed scale"
-    columns = activation is not None and not isinstance(activation.granularity, PerBlock)
-    if columns and weight.codebook:
-        return "kernels for int8 columns know no codebooks"
-    if columns and not weight.symmetric and not isinstance(weight.granularity, PerBlock):
-        return "kernels for int8 columns know no zero points of weights"
-    if version < SMALL_INTEGERS:
-        return f"opset {version} knows no blocks or 4-bit integers: convert-opset to 21 first"
-    return None
+    yield with_channels(weight, site.axis)
+    substitute = formats.of(weight).substitute(weight, site.axis)
+    if substitute is not None:
+        yield substitute
 
 
 def _weigh_convolutions(model: ir.Model, context: Context) -> None:

@@ -28,7 +28,7 @@ from qgraph.graph.sites import Site
 from qgraph.numerics.blocks import block_size, rounding_error
 from qgraph.numerics.quantized import Arrays
 from qgraph.numerics.reference import Float
-from qgraph.numerics.spec import PerAxis, PerBlock, QuantSpec
+from qgraph.numerics.spec import QuantSpec, with_channels
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 from qgraph.pipeline.remarks import Kind
@@ -181,10 +181,7 @@ class _Trial:
     @staticmethod
     def of(site: Site, tokens: Rows, seed: int) -> _Trial:
         spec, data = annotated_weight_spec(site), data_spec(site)
-        if isinstance(spec.granularity, PerBlock):
-            spec = spec.with_(granularity=PerBlock(0, spec.granularity.size))
-        elif isinstance(spec.granularity, PerAxis):
-            spec = spec.with_(granularity=PerAxis(1))
+        spec = with_channels(spec, 1)
         w = some_columns(columns(site), COLUMNS, seed)
         release(site.weight)
         return _Trial(w, gram(tokens, w, spec), spec, data)

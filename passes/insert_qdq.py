@@ -39,8 +39,8 @@ from qgraph.numerics.spec import FLOAT8, NUMPY, PerBlock, PerToken, QuantSpec
 from qgraph.numerics.tokens import SYMMETRIC_GRID, token_grid
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
-from qgraph.weights.formats.codebook import write_codebook
-from qgraph.weights.formats.float8 import write_float8
+from qgraph.weights import formats
+from qgraph.weights.formats import Format, Reader
 from qgraph.weights.site_weight import activation_scale, constant_bias, quantize_site
 
 
@@ -67,7 +67,7 @@ class InsertQDQ(Pass):
     a zero point if any is not 0.
 
     Weights whose codes are places in a table, and float8, are computed from what is stored by other
-    nodes, see :mod:`qgraph.weights.formats.codebook`.
+    nodes: each format in :mod:`qgraph.weights.formats` writes its own.
 
     Source: Jacob et al. 2018, eq. 1-7 (affine quantization, int32 bias); Yao et al. 2022,
     "ZeroQuant", section 4.1 (group-wise weights).
@@ -80,56 +80,37 @@ class InsertQDQ(Pass):
     invalidates: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED, Stage.CALIBRATED})
 
     def run(self, model: ir.Model, context: Context) -> bool:
-        work = _Commit(model, context)
-        wanted = list(annotated(model))
-        for node, _ in wanted:
-            work.to_float32(node)
-        found = [s for node, _ in wanted if (s := site_of(node)) is not None]
+        targeted = list(annotated(model))
+        halves = _HalfFloats(model)
+        for node, _ in targeted:
+            halves.widen(node)
+        sites = [s for node, _ in targeted if (s := site_of(node)) is not None]
         # A table takes the weight of a product that shares it as that one needs it.
-        found.sort(key=lambda site: site.kind == "gather")
-        for site in context.progress(found, "quantizing weights", len(found)):
-            work.weight(site)
+        sites.sort(key=lambda site: site.kind == "gather")
+        weights, data = _Weights(model, context), _Data(model)
+        for site in context.progress(sites, "quantizing weights", len(sites)):
+            weights.quantize(site)
         # All scales first: what moves data finds its own at its source, before that is rewritten.
         values = [(v, activation_scale(v)) for v in _static_values(model)]
         for value, (scale, zero) in values:
-            work.activation(value, scale, zero)
-        for node, specs in wanted:
+            data.quantize(value, scale, zero)
+        for node, specs in targeted:
             for index, spec in specs.items():
                 if spec.dynamic:
-                    work.dynamic(node, index, spec)
+                    data.quantize_at_run_time(node, index, spec)
         forget(model)
         remove_dead(model)  # the float weights
-        return bool(wanted)
-
-
-@dataclass(frozen=True)
-class _Integers:
-    """A weight as initializers.
-
-    Attributes:
-        q, scale: integers and what one step of them is worth.
-        zero: zero points, None where blocks have none but 0.
-        attributes: of the DequantizeLinear that reads them.
-    """
-
-    q: ir.Value
-    scale: ir.Value
-    zero: ir.Value | None
-    attributes: dict[str, int]
+        return bool(targeted)
 
 
 @dataclass
-class _Commit:
-    """One run of the pass: what has been quantized already, so that shared values are done once."""
+class _HalfFloats:
+    """Casts around nodes of half floats, each value cast once for all nodes of its graph."""
 
     model: ir.Model
-    context: Context
-    weights: dict[tuple[int, QuantSpec, int], _Integers] = field(default_factory=dict)
-    runtime: dict[tuple[int, QuantSpec, int], ir.Value] = field(default_factory=dict)
     casts: dict[tuple[int, int], ir.Value] = field(default_factory=dict)
-    computed: dict[tuple[int, QuantSpec, bool], ir.Value] = field(default_factory=dict)
 
-    def to_float32(self, node: ir.Node) -> None:
+    def widen(self, node: ir.Node) -> None:
         """Integer kernels speak float32: surround a node of half floats, and the clamp behind it
         that its integers absorb, with casts."""
         if not any(v is not None and v.dtype in _HALF for v in node.inputs):
@@ -175,69 +156,52 @@ class _Commit:
                 set_stats(self.casts[key], stats)
         return self.casts[key]
 
-    def weight(self, site: Site) -> None:
-        """Put the site's weight (and the bias of static Conv and Gemm) in integers behind a DQ."""
+
+@dataclass
+class _Weights:
+    """Weights that were written, each once for all nodes that can share it."""
+
+    model: ir.Model
+    context: Context
+    written: dict[tuple[int, QuantSpec, int], tuple[Reader, np.ndarray]] = field(
+        default_factory=dict
+    )
+
+    def quantize(self, site: Site) -> None:
+        """Put the site's weight, and the bias of static Conv and Gemm, in integers."""
         spec, data = weight_spec(site), data_spec(site)
         if spec is None or constant(site.weight) is None:
             return
         forget_use_spec(site.node, site.w_index)
-        if spec.codebook or spec.dtype in FLOAT8:
-            site.node.replace_input_with(site.w_index, self._computed(site, spec, data))
-            return
-        static = data is not None and not data.dynamic
-        key = (id(site.weight), spec, id(site.node) if static else 0)
-        if site.kind == "gather":  # any product's integers will do
-            key = next((known for known in self.weights if known[:2] == key[:2]), key)
-        if key not in self.weights:
-            self.weights[key] = self._integers(site, spec)
-        stored = self.weights[key]
-        bias = constant_bias(site) if static else None
+        form, static = formats.of(spec), data is not None and not data.dynamic
+        # Of even levels, the scale depends on that of the data, by the bias; others become integers
+        # beside integers.
+        own = id(site.node) if static else 0
+        key = (id(site.weight), spec, own if form.even else int(data is None))
+        if form.even and site.kind == "gather":  # any product's integers will do
+            key = next((known for known in self.written if known[:2] == key[:2]), key)
+        if key not in self.written:
+            self.written[key] = self._write(site, spec, form)
+        reader, scale = self.written[key]
+        bias = constant_bias(site) if static and form is formats.LINEAR else None
         if bias is not None:
-            self._bias(site, bias, array(stored.scale))
-        # Each use dequantizes by itself: branches do not see into each other.
-        inputs = [stored.q, stored.scale, *([stored.zero] if stored.zero else [])]
-        dq = insert(
-            self.model, site.node, "DequantizeLinear", inputs,
-            base=f"{site.weight.name}_dq", attributes=stored.attributes,
-        )  # fmt: skip
-        site.node.replace_input_with(site.w_index, _typed(dq, site.weight))
+            self._quantize_bias(site, bias, scale)
+        site.node.replace_input_with(site.w_index, reader(site.node))
+        if (note := form.note(data)) is not None:
+            self.context.remark("note", InsertQDQ.name, site.name, site.node.op_type, note)
 
-    def _computed(self, site: Site, spec: QuantSpec, data: QuantSpec | None) -> ir.Value:
-        """A weight that no DequantizeLinear reads, as the result of other nodes."""
-        key = (id(site.weight), spec, data is None)
-        if key not in self.computed:
-            weight = quantize_site(site, spec, saturates=False)
-            release(site.weight)
-            write = write_codebook if spec.codebook else write_float8
-            self.computed[key] = write(self.model, str(site.weight.name), weight)
-        told = _IN_FLOAT if data is None or spec.dtype in FLOAT8 else _ON_INT8
-        self.context.remark("note", InsertQDQ.name, site.name, site.node.op_type, told)
-        return self.computed[key]
-
-    def _integers(self, site: Site, spec: QuantSpec) -> _Integers:
-        target = self.context.target
-        weight = quantize_site(site, spec, target.saturates)
+    def _write(self, site: Site, spec: QuantSpec, form: Format) -> tuple[Reader, np.ndarray]:
+        weight = quantize_site(site, spec, self.context.target.saturates)
         release(site.weight)
         if weight.repaired:
             why = "channels requantized in which u8·s8 products could overflow int16"
             op, count = site.node.op_type, weight.repaired
             self.context.remark("applied", InsertQDQ.name, site.name, op, why, channels=count)
-        base = site.weight.name
-        q = add_constant(self.model, f"{base}_q", weight.q, spec.dtype)
-        scale = add_constant(self.model, f"{base}_scale", weight.scale)
-        attributes = {} if weight.axis is None else {"axis": weight.axis}
-        if weight.block:
-            attributes["block_size"] = weight.block
-            if not weight.zero.any():
-                return _Integers(q, scale, None, attributes)
-        zeros = weight.zero.astype(weight.q.dtype)
-        zero = add_constant(self.model, f"{base}_zero", zeros, spec.dtype)
-        return _Integers(q, scale, zero, attributes)
+        return form.write(self.model, str(site.weight.name), weight, spec), weight.scale
 
-    def _bias(self, site: Site, bias: np.ndarray, w_scale: np.ndarray | None) -> None:
+    def _quantize_bias(self, site: Site, bias: np.ndarray, w_scale: np.ndarray) -> None:
         assert site.bias is not None
         assert site.bias_index is not None
-        assert w_scale is not None
         q, scale = quantize_bias(bias, activation_scale(site.x)[0], w_scale)
         base = site.bias.name
         inputs = [
@@ -251,7 +215,15 @@ class _Commit:
         )  # fmt: skip
         site.node.replace_input_with(site.bias_index, _typed(dq, inputs[0]))
 
-    def activation(self, value: ir.Value, scale: np.ndarray, zero: np.ndarray) -> None:
+
+@dataclass
+class _Data:
+    """Activations; scales at run time are computed once for all users in the same graph."""
+
+    model: ir.Model
+    runtime: dict[tuple[int, QuantSpec, int], ir.Value] = field(default_factory=dict)
+
+    def quantize(self, value: ir.Value, scale: np.ndarray, zero: np.ndarray) -> None:
         """Q -> DQ behind `value`: for all its users if it has a spec, else for those with one."""
         spec, shared = static_spec(value), spec_of(value) is not None
         assert spec is not None
@@ -309,7 +281,7 @@ class _Commit:
         clip.outputs[0].type, clip.outputs[0].shape = q.outputs[0].type, value.shape
         return clip
 
-    def dynamic(self, node: ir.Node, index: int, spec: QuantSpec) -> None:
+    def quantize_at_run_time(self, node: ir.Node, index: int, spec: QuantSpec) -> None:
         """Scales at run time for input `index`, computed once for all users in the same graph."""
         value = node.inputs[index]
         assert value is not None
@@ -359,14 +331,6 @@ class _Commit:
         return _typed(rounded, value)
 
 
-_IN_FLOAT = (
-    "small on disk and in what it can be exchanged with; CPUs dequantize it as they load the model "
-    "and compute in float, no faster than before"
-)
-_ON_INT8 = (
-    "4 bits on disk, multiplied as int8: levels are rounded to 127ths, by 0.4 % of the block's "
-    "largest weight at most"
-)
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 

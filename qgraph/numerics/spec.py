@@ -217,7 +217,7 @@ NUMPY: dict[ir.DataType, type[Any]] = {
     **{dtype: dtype.numpy().type for dtype in FLOAT8},
 }
 """Array types that hold the integers; onnx-ir packs those of 4 bits when it writes them."""
-_NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
+NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 
 PER_TOKEN = QuantSpec(ir.DataType.UINT8, PerToken(), symmetric=True, observer="dynamic")
 PER_RUN = QuantSpec(ir.DataType.UINT8, PerTensor(), symmetric=False, observer="dynamic")
@@ -241,3 +241,13 @@ def words(spec: QuantSpec) -> str:
         granularity = f"in blocks of {spec.granularity.size}"
     when = "dynamic " if spec.dynamic else ""
     return f"{when}{spec.codebook or spec.dtype.name.lower()} {granularity}"
+
+
+def with_channels(spec: QuantSpec, axis: int) -> QuantSpec:
+    """The spec of a weight with its output channels along `axis`; blocks divide the other axis of
+    the matrix."""
+    if isinstance(spec.granularity, PerBlock):
+        return spec.with_(granularity=PerBlock(1 - axis, spec.granularity.size))
+    if isinstance(spec.granularity, PerAxis):
+        return spec.with_(granularity=PerAxis(axis))
+    return spec

@@ -8,11 +8,11 @@ from qgraph.backends.onnx import OnnxTarget
 from qgraph.errors import ModelError, QGraphError
 from qgraph.graph.annotation import Stage, annotated, copied, retract, set_use_spec
 from qgraph.graph.sites import Site, nested, site_of
-from qgraph.numerics.spec import FLOAT8
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import PassManager
 from qgraph.recipes.recipe import Recipe
 from qgraph.training.module import Origin, QuantizedModule
+from qgraph.weights import formats
 
 PASS = "prepare-qat"
 """Under this name preparation leaves remarks."""
@@ -54,7 +54,7 @@ def _leave_out(model: ir.Model, context: Context) -> None:
             why = "kept float: weights in bodies of control flow are not trained"
         elif site.weight.dtype != ir.DataType.FLOAT:
             why = "kept float: only float32 weights are trained"
-        elif spec.codebook or spec.dtype in FLOAT8:
+        elif not formats.of(spec).even:
             why = "kept float: codebooks and float8 are not trained"
         if why is not None:
             retract(site)

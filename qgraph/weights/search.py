@@ -17,18 +17,18 @@ from qgraph.graph.sites import Site, reduction_rows
 from qgraph.numerics.blocks import Scales, block_size, integers
 from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.reference import Float
-from qgraph.numerics.spec import FLOAT8, NUMPY, PerAxis, PerBlock, QuantSpec
+from qgraph.numerics.spec import NUMPY, PerAxis, PerBlock, QuantSpec
 from qgraph.pipeline.context import Context
+from qgraph.weights import formats
 
 STRIP = 128
 """Columns that are searched together: what is tried stays in the CPU's cache."""
-_INTEGERS = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UINT8)
 
 
 def fixed_scales(weight: QuantSpec, data: QuantSpec | None) -> str | None:
     """Why the scales of this weight, beside such data, are not free; None if they are."""
     blocks = isinstance(weight.granularity, PerBlock)
-    if weight.codebook or weight.dtype not in _INTEGERS:
+    if not formats.of(weight).even:
         return "its levels are not evenly spaced"
     if data is not None and not data.dynamic:
         return "its bias must fit the scale of its data"
@@ -54,7 +54,7 @@ def unroundable(site: Site, specs: Mapping[int, QuantSpec], context: Context) ->
         return "others read its weight too"
     if site.x.dtype == ir.DataType.BFLOAT16:
         return "its data is bfloat16, which numpy does not know"
-    if weight.codebook or weight.dtype in FLOAT8:
+    if not formats.of(weight).even:
         return "its weight does not become integers at even distances"
     per_column = data is not None and not isinstance(data.granularity, PerBlock)
     if context.target.saturates and weight.width == 8 and per_column:

@@ -24,24 +24,13 @@ from qgraph.graph.editing import add_constant
 from qgraph.graph.ops import MOVES
 from qgraph.graph.reading import array, attribute, constant, dims, is_op
 from qgraph.graph.sites import Site, reduction_rows
-from qgraph.numerics.codebooks import integer_levels
 from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.reference import quantize, scale_zero_point, weight_scale_for_bias
 from qgraph.numerics.saturation import can_saturate, quantize_unsaturated
-from qgraph.numerics.spec import (
-    _NIBBLES,
-    FLOAT8,
-    NUMPY,
-    Granularity,
-    PerAxis,
-    PerBlock,
-    PerTensor,
-    QuantSpec,
-)
+from qgraph.numerics.spec import NIBBLES, NUMPY, PerBlock, PerTensor, QuantSpec
 from qgraph.numerics.stats import find_range
-from qgraph.weights.formats.blocks import quantize_in_groups
-from qgraph.weights.formats.codebook import quantize_in_codebook
-from qgraph.weights.formats.linear import CHUNK_BYTES, quantize_in_slices
+from qgraph.weights import formats
+from qgraph.weights.formats.linear import CHUNK_BYTES
 
 
 def replace_weight(model: ir.Model, site: Site, integers: Quantized, word: str) -> None:
@@ -90,22 +79,11 @@ def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
             f"'{value.name}' is to be quantized statically but was not calibrated: "
             "put insert-observers,calibrate before insert-qdq"
         )
-    low, high = find_range(stats, _writable(spec, PerTensor))
+    whole = isinstance(spec.granularity, PerTensor) and spec.dtype not in NIBBLES
+    if not whole or spec.dtype not in NUMPY:
+        raise formats.unwritable(spec)
+    low, high = find_range(stats, spec)
     return scale_zero_point(np.float32(low), np.float32(high), spec)
-
-
-def _writable(spec: QuantSpec, *kinds: type[Granularity]) -> QuantSpec:
-    """`spec`, if insert-qdq can write it."""
-    if isinstance(spec.granularity, PerBlock):
-        known = spec.dtype in NUMPY
-    else:
-        known = spec.dtype in NUMPY and (PerAxis in kinds or spec.dtype not in _NIBBLES)
-    if known and isinstance(spec.granularity, kinds):
-        return spec
-    raise PipelineError(
-        f"insert-qdq cannot write '{spec}': weights are integers of 4 or 8 bits, per-tensor, "
-        "per-axis or in blocks of a matrix, static activations int8 or uint8, per-tensor"
-    )
 
 
 def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
@@ -118,36 +96,23 @@ def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
     Raises:
         PipelineError: the spec cannot be written, or the data is not calibrated.
     """
-    rounded, given = integers_of(site.weight), data_spec(site)
+    rounded, data, form = integers_of(site.weight), data_spec(site), formats.of(spec)
     if rounded is not None and rounded[0] == spec:
-        return _for_kernel(rounded[1], given)
+        return form.beside(rounded[1], data)
     w = array(site.weight)
     assert w is not None
-    kinds = (PerTensor, PerAxis, *((PerBlock,) if w.ndim == 2 else ()))
-    granularity = _writable(spec, *kinds).granularity
-    if isinstance(granularity, PerBlock):
-        if spec.codebook:
-            return _for_kernel(quantize_in_codebook(w, granularity, spec), given)
-        return quantize_in_groups(w, granularity, spec)
-    axis = granularity.axis if isinstance(granularity, PerAxis) else None
-    if spec.dtype in FLOAT8:
-        return Quantized(*quantize_in_slices(w, axis, spec), axis)
-    data = given
-    fixed = activation_scale(site.x) if data is not None and not data.dynamic else None
+    if isinstance(spec.granularity, PerBlock) and w.ndim != 2:
+        raise formats.unwritable(spec)
+    if form is not formats.LINEAR or data is None:
+        return form.beside(form.quantize(w, spec), data)
+    # Integers by channel meet biases that must fit, and kernels that saturate.
+    fixed = None if data.dynamic else activation_scale(site.x)
     floor = _bias_floor(site, fixed[0]) if fixed is not None else None
-    q, scale, zero = quantize_in_slices(w, axis, spec, floor)
-    repaired = 0
-    if saturates and data is not None and _adds_pairs(site, axis, spec):
-        largest = 255 if fixed is None else _largest_pairs(site, *fixed)
-        repaired = unsaturated(w, q, scale, site, largest)
-    return Quantized(q, scale, zero, axis, repaired)
-
-
-def _for_kernel(weight: Quantized, data: QuantSpec | None) -> Quantized:
-    """The weight with the levels that its product has: beside integers, integers as well."""
-    if weight.table is None or data is None:
+    weight = formats.LINEAR.quantize_above(w, spec, floor)
+    if not saturates or not _adds_pairs(site, weight.axis, spec):
         return weight
-    return replace(weight, table=integer_levels(weight.table))
+    largest = 255 if fixed is None else _largest_pairs(site, *fixed)
+    return replace(weight, repaired=unsaturated(w, weight.q, weight.scale, site, largest))
 
 
 def _largest_pairs(site: Site, scale: np.ndarray, zero: np.ndarray) -> int | np.ndarray:

@@ -1,6 +1,8 @@
-"""Weights that no DequantizeLinear can read, written with the nodes that compute them."""
+"""Codes of 4 bits that stand for the levels of a table: NF4 and FP4."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -8,6 +10,7 @@ import onnx_ir as ir
 from qgraph.graph.editing import add_constant, insert, shared_constant
 from qgraph.graph.functions import DEQUANTIZE_CODEBOOK, DOMAIN, declare, is_call
 from qgraph.graph.reading import is_op
+from qgraph.graph.sites import Site
 from qgraph.numerics.codebooks import (
     FACTORS,
     LEVELS,
@@ -15,16 +18,30 @@ from qgraph.numerics.codebooks import (
     NestedScales,
     best_of,
     codes_at,
+    integer_levels,
     nest_scales,
     quantize_to_levels,
 )
 from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.spec import PerBlock, QuantSpec
 from qgraph.weights.formats.blocks import CACHED_BYTES
+from qgraph.weights.formats.format import (
+    COMPUTED_IN_FLOAT,
+    Format,
+    Reader,
+    by_columns,
+    unfit_product,
+    unknown_types,
+)
+
+_ON_INT8 = (
+    "4 bits on disk, multiplied as int8: levels are rounded to 127ths, by 0.4 % of the block's "
+    "largest weight at most"
+)
 
 
-def write_codebook(model: ir.Model, base: str, weight: Quantized) -> ir.Value:
-    """The float matrix behind codes of 4 bits.
+class Codebook(Format):
+    """Codes of 4 bits that are places in a table: NF4, FP4.
 
     ::
 
@@ -32,15 +49,42 @@ def write_codebook(model: ir.Model, base: str, weight: Quantized) -> ir.Value:
         table (16,), scale (N, blocks) ──┘
 
     A last block that is shorter is filled up, and cut off again by a Slice. The weight of a Gemm
-    with transB stays (N, K). Runtimes compute all of it once, when they load the model.
-
-    Args:
-        base: what to call the parts.
-        weight: in blocks, with a table.
-
-    Returns:
-        float32 with the weight's shape, computed first of all in the main graph.
+    with transB stays (N, K). Runtimes compute all of it once, when they load the model: it stands
+    first of all in the main graph.
     """
+
+    even = False
+
+    def owns(self, spec: QuantSpec) -> bool:
+        return spec.codebook is not None
+
+    def fits(self, spec: QuantSpec, site: Site, data: QuantSpec | None, version: int) -> str | None:
+        if why := unfit_product(site, data, tables=True):
+            return why
+        if by_columns(data):
+            return "kernels for int8 columns know no codebooks"
+        return unknown_types(version, "blocks or 4-bit integers")
+
+    def quantize(self, w: np.ndarray, spec: QuantSpec) -> Quantized:
+        assert isinstance(spec.granularity, PerBlock)
+        return quantize_in_codebook(w, spec.granularity, spec)
+
+    def write(self, model: ir.Model, base: str, weight: Quantized, spec: QuantSpec) -> Reader:
+        computed = _write(model, base, weight)
+        return lambda _: computed
+
+    def beside(self, weight: Quantized, data: QuantSpec | None) -> Quantized:
+        """With integers for levels, where the data is integers, too."""
+        if weight.table is None or data is None:
+            return weight
+        return replace(weight, table=integer_levels(weight.table))
+
+    def note(self, data: QuantSpec | None) -> str | None:
+        return COMPUTED_IN_FLOAT if data is None else _ON_INT8
+
+
+def _write(model: ir.Model, base: str, weight: Quantized) -> ir.Value:
+    """The float matrix (K, N), or (N, K), behind the codes."""
     assert weight.table is not None
     codes, scale = weight.q, weight.scale
     if not weight.axis:
@@ -65,7 +109,7 @@ def write_codebook(model: ir.Model, base: str, weight: Quantized) -> ir.Value:
 
 def codebook_call(weight: ir.Value | None, *, turned: bool) -> ir.Node | None:
     """The DequantizeCodebook that computes a product's weight, as
-    :func:`write_codebook` wrote it; or None.
+    :class:`Codebook` writes it; or None.
 
     Args:
         turned: the weight is (K, N).

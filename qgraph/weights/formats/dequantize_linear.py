@@ -1,0 +1,37 @@
+"""Integers that a DequantizeLinear makes floats of, one for each node that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qgraph.graph.editing import insert
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight in integers, as initializers.
+
+    Attributes:
+        base: name of the weight.
+        parts: integers, scale and, unless it is 0 throughout, zero point.
+        attributes: of each DequantizeLinear.
+    """
+
+    model: ir.Model
+    base: str
+    parts: Sequence[ir.Value]
+    attributes: Mapping[str, int]
+
+    def __call__(self, node: ir.Node) -> ir.Value:
+        """The float32 weight for `node`, dequantized right before it."""
+        dq = insert(
+            self.model, node, "DequantizeLinear", self.parts,
+            base=f"{self.base}_dq", attributes=self.attributes,
+        )  # fmt: skip
+        result = dq.outputs[0]
+        shape = self.parts[0].shape
+        result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), shape
+        return result
