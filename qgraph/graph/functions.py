@@ -91,12 +91,16 @@ def _function(
     return ir.Function(domain=DOMAIN, name=name, graph=graph, attributes=[])
 
 
-def declare(model: ir.Model, name: str) -> None:
-    """Make sure that `model` carries the function `name` of the qgraph domain."""
+def declare(model: ir.Model, name: str, make: Callable[[int], ir.Function] | None = None) -> None:
+    """Make sure that `model` carries the function `name` of the qgraph domain.
+
+    Args:
+        make: from the model's opset to the function, for one that is not of this file.
+    """
     model.opset_imports.setdefault(DOMAIN, 1)
     key = (DOMAIN, name, "")
     if key not in model.functions:
-        model.functions[key] = _MAKERS[name](opset(model))
+        model.functions[key] = (make or _MAKERS[name])(opset(model))
 
 
 def undeclare_unused(model: ir.Model) -> None:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 
 def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Values of 2, 4 or 8 bits in bytes, the first in the low bits; each row ends with its byte.
+    """Values of 1 to 8 bits as one stream of bits, the first in the low ones; each row ends with
+    its byte.
 
     Args:
         q: (rows, count), values below 2^bits.
@@ -17,12 +18,13 @@ def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     Returns:
         (rows, ceil(count · bits / 8)).
     """
-    each = 8 // bits
-    padded = np.pad(q, [(0, 0), (0, -q.shape[1] % each)])
-    packed = padded[:, ::each].copy()
-    for place in range(1, each):
-        packed |= padded[:, place::each] << np.uint8(place * bits)
-    return packed
+    rows, count = q.shape
+    padded = np.pad(q, [(0, 0), (0, -count % 8)])
+    streams = np.zeros((rows, padded.shape[1] // 8), "<u8")  # eight values fill `bits` bytes
+    for place in range(8):
+        streams |= padded[:, place::8].astype("<u8") << np.uint64(place * bits)
+    packed = streams.view(np.uint8).reshape(rows, -1, 8)[:, :, :bits].reshape(rows, -1)
+    return np.ascontiguousarray(packed[:, : -(-count * bits // 8)])
 
 
 Array = NDArray[Any]
