@@ -50,7 +50,7 @@ class KeepSensitive(Pass):
                 continue
             retract(site)
             why = f"its rounded weight would keep less than {self.min_sqnr:g} dB"
-            context.remark("float", self.name, site.name, site.node.op_type, why, weight_db=sqnr)
+            self.remark(context, site, "float", why, weight_db=sqnr)
             changed = True
         return changed
 

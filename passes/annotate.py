@@ -230,13 +230,12 @@ class Annotate(Pass):
         self, site: Site, rules: tuple[Rule, ...], version: int, inside: bool, context: Context
     ) -> None:
         rule = next((r for r in rules if r.fits(site)), None)
-        op = site.node.op_type
         if rule is None or rule.weight is None:
             why = rule.why if rule else "no rule of the recipe covers it"
-            context.remark("float", self.name, site.name, op, why)
+            self.remark(context, site, "float", why)
             return
         if reason := _unfit(site):
-            context.remark("float", self.name, site.name, op, reason)
+            self.remark(context, site, "float", reason)
             return
         reasons: dict[QuantSpec, str] = {}
         found: list[tuple[QuantSpec, QuantSpec | None, Verdict]] = []
@@ -254,21 +253,19 @@ class Annotate(Pass):
             else:
                 reasons.setdefault(weight, verdict.reason)
         if not found:
-            context.remark("float", self.name, site.name, op, next(iter(reasons.values())))
+            self.remark(context, site, "float", next(iter(reasons.values())))
             return
         weight, activation, verdict = max(found, key=lambda choice: choice[2].speedup)
         wanted, why = next(iter(reasons.items()), (weight, ""))
         if wanted != weight:
             message = f"weights are not {words(wanted)}: {why}"
-            context.remark("declined", self.name, site.name, op, message)
+            self.remark(context, site, "declined", message)
         commit_to(site, activation, weight)
         measured = {"speedup": verdict.speedup, "conversions": verdict.conversions}
         if verdict.slowest < 1:
             measured["slowest"] = verdict.slowest
         numbers = {name: value for name, value in measured.items() if value}
-        context.remark(
-            "quantized", self.name, site.name, op, describe(activation, weight), **numbers
-        )
+        self.remark(context, site, "quantized", describe(activation, weight), **numbers)
 
 
 def _is_mean(verdict: Verdict) -> bool:

@@ -31,7 +31,6 @@ from qgraph.numerics.reference import Float
 from qgraph.numerics.spec import QuantSpec, with_channels
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
-from qgraph.pipeline.remarks import Kind
 from qgraph.weights.clipping import clipped_scales, gram, output_error
 from qgraph.weights.formats import rounded_weight
 from qgraph.weights.search import columns, fixed_scales, some_columns
@@ -90,7 +89,7 @@ class AWQ(Pass):
             if why is None and route is None:
                 why = "no constant before it can take the factors"
             if why is not None:
-                self._remark("declined", sites, f"not scaled: {why}", context)
+                self.remark(context, sites, "declined", f"not scaled: {why}")
             elif route is not None:
                 routes[x] = route
         if not routes:
@@ -121,12 +120,6 @@ class AWQ(Pass):
                 return "its weight serves other data too, and would have to be stored once for each"
         return None
 
-    def _remark(
-        self, kind: Kind, sites: list[Site], message: str, context: Context, **numbers: float
-    ) -> None:
-        for site in sites:
-            context.remark(kind, self.name, site.name, site.node.op_type, message, **numbers)
-
     def _search(
         self, sites: list[Site], route: Absorption, tokens: Rows, context: Context
     ) -> Arrays:
@@ -152,13 +145,13 @@ class AWQ(Pass):
     ) -> bool:
         factors, alpha, ratio = found["factors"], float(found["alpha"]), float(found["ratio"])
         if not alpha:
-            self._remark("declined", sites, "not scaled: no alpha lowers its error", context)
+            self.remark(context, sites, "declined", "not scaled: no alpha lowers its error")
             return False
         divide(model, route, factors)
         for site in sites:
             scale_inputs(model, site, factors)
         message = f"scaled: factors went into the {route.where}"
-        self._remark("applied", sites, message, context, alpha=alpha, noise_ratio=ratio)
+        self.remark(context, sites, "applied", message, alpha=alpha, noise_ratio=ratio)
         return True
 
 

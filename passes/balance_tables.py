@@ -74,7 +74,7 @@ class BalanceTables(Pass):
                 continue
             if site.axis != 0 or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
                 continue
-            if _tie(model, site, context):
+            if self._tie(model, site, context):
                 changed = True
             elif not isinstance(annotated_weight_spec(site).granularity, PerBlock):
                 _balance(model, site, tensor)  # blocks follow the columns as they are
@@ -82,6 +82,22 @@ class BalanceTables(Pass):
         if changed:
             remove_dead(model)
         return changed
+
+    def _tie(self, model: ir.Model, site: Site, context: Context) -> bool:
+        """Make the lookup read the weight of the product that the table is tied to, if any is."""
+        for product in sites(model):
+            if not _may_share(model, site, product):
+                continue
+            factors = _column_ratio(site, product)
+            if factors is None:
+                why = f"stored apart from '{product.name}', whose weight holds other numbers"
+                self.remark(context, site, "declined", why)
+                continue
+            _share(model, site, product, factors)
+            why = f"reads the weight of '{product.name}': stored once"
+            self.remark(context, site, "applied", why)
+            return True
+        return False
 
 
 def _balance(model: ir.Model, site: Site, tensor: ir.TensorProtocol) -> None:
@@ -94,23 +110,6 @@ def _balance(model: ir.Model, site: Site, tensor: ir.TensorProtocol) -> None:
     balanced = _derived(tensor, lambda w: w / factors, table.shape)
     node.replace_input_with(site.w_index, add_constant(model, f"{base}_balanced", balanced))
     _append(model, node, "Mul", add_constant(model, f"{base}_columns", factors), base="columns")
-
-
-def _tie(model: ir.Model, site: Site, context: Context) -> bool:
-    """Make the lookup read the weight of a product that the table is tied to, if there is one."""
-    for product in sites(model):
-        if not _may_share(model, site, product):
-            continue
-        factors = _column_ratio(site, product)
-        if factors is None:
-            why = f"stored apart from '{product.name}', whose weight holds other numbers"
-            context.remark("declined", BalanceTables.name, site.name, "Gather", why)
-            continue
-        _share(model, site, product, factors)
-        why = f"reads the weight of '{product.name}': stored once"
-        context.remark("applied", BalanceTables.name, site.name, "Gather", why)
-        return True
-    return False
 
 
 def _may_share(model: ir.Model, table: Site, product: Site) -> bool:

@@ -103,7 +103,7 @@ class BiasCorrection(Pass):
                 continue
             problem = _unfit(site, spec)
             if problem is not None:
-                context.remark("declined", self.name, site.name, node.op_type, problem)
+                self.remark(context, site, "declined", problem)
                 continue
             self._correct(model, site, spec, context)
             changed = True
@@ -129,14 +129,9 @@ class BiasCorrection(Pass):
         )
         node.resize_inputs(max(len(node.inputs), index + 1))
         node.replace_input_with(index, new)
-        context.remark(
-            "applied",
-            self.name,
-            site.name,
-            site.node.op_type,
-            "corrected its bias" if bias is not None else "gave it a correcting bias",
-            largest_shift=float(np.abs(shift).max(initial=0.0)),
-        )
+        message = "corrected its bias" if bias is not None else "gave it a correcting bias"
+        largest = float(np.abs(shift).max(initial=0.0))
+        self.remark(context, site, "applied", message, largest_shift=largest)
 
 
 def _outputs(model: ir.Model, feeds: list[dict[str, np.ndarray]]) -> list[np.ndarray]:

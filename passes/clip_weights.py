@@ -92,8 +92,7 @@ class ClipWeights(Pass):
                 assert weight is not None
                 clipped.append((site, weight))
                 why = "clipped: the scales of its blocks are those that serve its outputs best"
-                op = site.node.op_type
-                context.remark("applied", self.name, site.name, op, why, noise_ratio=ratio)
+                self.remark(context, site, "applied", why, noise_ratio=ratio)
         for site, weight in clipped:
             replace_weight(model, site, weight, "clipped")
         remove_dead(model)
@@ -102,8 +101,7 @@ class ClipWeights(Pass):
     def _fits(self, site: Site, context: Context) -> bool:
         why = unsearchable(site)
         if why is not None:
-            op, message = site.node.op_type, f"not clipped: {why}"
-            context.remark("declined", self.name, site.name, op, message)
+            self.remark(context, site, "declined", f"not clipped: {why}")
         return why is None
 
     def _clip(self, site: Site, tokens: Rows, context: Context) -> tuple[Quantized, float]:

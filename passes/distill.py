@@ -113,8 +113,7 @@ class Distill(Pass):
         elif not weight.symmetric or weight.qmin >= 0:
             why = "its weight has a zero point"
         if why is not None:
-            message = f"not distilled: {why}"
-            context.remark("declined", self.name, site.name, site.node.op_type, message)
+            self.remark(context, site, "declined", f"not distilled: {why}")
         return why is None
 
     def _learn(self, site: Site, tokens: Rows, context: Context) -> list[Quantized]:
@@ -144,12 +143,11 @@ class Distill(Pass):
         before, after = (relative_noise(y, seen[test] @ (i * steps)) for i in (first, q))
         release(site.weight)
         numbers = {"noise": after, "undistilled": before}
-        op = site.node.op_type
         if after >= before:
             why = "not distilled: rounding to nearest serves unseen tokens as well"
-            context.remark("declined", self.name, site.name, op, why, **numbers)
+            self.remark(context, site, "declined", why, **numbers)
             return []
-        context.remark("applied", self.name, site.name, op, "distilled", **numbers)
+        self.remark(context, site, "applied", "distilled", **numbers)
         return [replace(nearest, q=np.ascontiguousarray(q.T) if site.axis == 0 else q)]
 
 

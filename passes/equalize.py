@@ -78,15 +78,9 @@ class Equalize(Pass):
                 break
         changed = work.store(model)
         for pair, spread in zip(pairs, before, strict=True):
-            context.remark(
-                "applied",
-                self.name,
-                pair.first.name,
-                pair.first.node.op_type,
-                f"shares the ranges of its channels with '{pair.second.name}'",
-                spread_before=spread,
-                spread_after=work.spread(pair),
-            )
+            message = f"shares the ranges of its channels with '{pair.second.name}'"
+            numbers = {"spread_before": spread, "spread_after": work.spread(pair)}
+            self.remark(context, pair.first, "applied", message, **numbers)
         return changed
 
     def _pairs(self, model: ir.Model, context: Context) -> Iterator[_Pair]:
@@ -98,7 +92,7 @@ class Equalize(Pass):
             if isinstance(found, _Pair):
                 yield found
             else:
-                context.remark("declined", self.name, site.name, node.op_type, found)
+                self.remark(context, site, "declined", found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,15 +88,9 @@ class FoldBatchNorm(Pass):
             context.remark("declined", self.name, node_name(follower), follower.op_type, reason)
             return False
         self._rewrite(model, site, add, follower, new_weight, new_bias)
-        context.remark(
-            "applied",
-            self.name,
-            site.name,
-            node.op_type,
-            f"folded {follower.op_type} '{node_name(follower)}'",
-            channels=scale.size,
-            zero_channels=int((scale == 0).sum()),
-        )
+        message = f"folded {follower.op_type} '{node_name(follower)}'"
+        zeros = int((scale == 0).sum())
+        self.remark(context, site, "applied", message, channels=scale.size, zero_channels=zeros)
         return True
 
     def _rewrite(

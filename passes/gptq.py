@@ -127,8 +127,7 @@ class GPTQ(Pass):
                 why = unroundable(site, specs, context)
             if why is not None:
                 reached.discard(node)
-                message = f"rounded to nearest: {why}"
-                context.remark("declined", self.name, site.name, node.op_type, message)
+                self.remark(context, site, "declined", f"rounded to nearest: {why}")
         groups = {
             x: [s for s in sites if s.node in reached and weight_spec(s) is not None]
             for x, sites in product_groups(model, "weight").items()
@@ -152,18 +151,17 @@ class GPTQ(Pass):
         return found
 
     def _report(self, site: Site, rounded: Rounded | None, context: Context) -> None:
-        op = site.node.op_type
         if rounded is None:
             message = "rounded to nearest: calibration data never reached it"
-            context.remark("declined", self.name, site.name, op, message)
+            self.remark(context, site, "declined", message)
             return
         numbers = {"noise": rounded.noise, "nearest": rounded.nearest}
         if rounded.columns:
             numbers["columns_to_nearest"] = rounded.columns
-        context.remark("applied", self.name, site.name, op, "rounded by GPTQ", **numbers)
+        self.remark(context, site, "applied", "rounded by GPTQ", **numbers)
         if rounded.damping > self.damping:
             message = "damping raised: the Gram matrix of its data is singular"
-            context.remark("note", self.name, site.name, op, message, damping=rounded.damping)
+            self.remark(context, site, "note", message, damping=rounded.damping)
 
 
 def _gram_matrices(

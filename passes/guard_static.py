@@ -72,11 +72,11 @@ class GuardStatic(Pass):
 
     def _guard_site(self, site: Site, spec: QuantSpec, context: Context) -> bool:
         stats = stats_of(site.x) or Stats()
-        op, weight = site.node.op_type, annotated_weight_spec(site)
+        weight = annotated_weight_spec(site)
         dynamic = spec.dynamic
         if not dynamic and not stats.count:
             retract(site)
-            context.remark("float", self.name, site.name, op, _UNREACHED)
+            self.remark(context, site, "float", _UNREACHED)
             return True
         if stats.token_power is None:
             return False
@@ -92,11 +92,11 @@ class GuardStatic(Pass):
         verdict = context.target.supports(site, PER_TOKEN, weight)
         if not verdict.ok:
             why = f"float activations: {coarse} too coarse for most tokens; {verdict.reason}"
-            context.remark("float", self.name, site.name, op, why, median_token_db=sqnr)
+            self.remark(context, site, "float", why, median_token_db=sqnr)
             return True
         commit_to(site, PER_TOKEN, weight)
         why = f"{describe(PER_TOKEN, weight)}: {coarse} too coarse for most tokens"
-        context.remark("quantized", self.name, site.name, op, why, median_token_db=sqnr)
+        self.remark(context, site, "quantized", why, median_token_db=sqnr)
         return True
 
     def _guard_glue(self, node: ir.Node, context: Context) -> bool:

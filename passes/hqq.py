@@ -77,17 +77,15 @@ class HQQ(Pass):
             (weight,) = from_arrays(arrays)
             assert weight is not None
             replace_weight(model, site, weight, "hqq")
-            op, ratio = site.node.op_type, float(arrays["ratio"])
             why = "quantized half-quadratically: most weights of a block have smaller errors"
-            context.remark("applied", self.name, site.name, op, why, norm_ratio=ratio)
+            self.remark(context, site, "applied", why, norm_ratio=float(arrays["ratio"]))
         remove_dead(model)
         return True
 
     def _fits(self, site: Site, context: Context) -> bool:
         why = unsearchable(site)
         if why is not None:
-            op, message = site.node.op_type, f"stays rounded to nearest: {why}"
-            context.remark("declined", self.name, site.name, op, message)
+            self.remark(context, site, "declined", f"stays rounded to nearest: {why}")
         return why is None
 
     def _quantize(self, site: Site) -> Arrays:

@@ -31,7 +31,6 @@ from qgraph.numerics.reference import Float, along
 from qgraph.numerics.tokens import rounded_data
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
-from qgraph.pipeline.remarks import Kind
 from qgraph.weights.formats import rounded_weight
 
 GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -110,14 +109,8 @@ class Smooth(Pass):
         if why is None and any(read_elsewhere(site.weight, sites) for site in sites):
             why = "its weight serves other data too, and would have to be stored once for each"
         if why is not None:
-            self._remark("declined", sites, f"not smoothed: {why}", context)
+            self.remark(context, sites, "declined", f"not smoothed: {why}")
         return why is None
-
-    def _remark(
-        self, kind: Kind, sites: list[Site], message: str, context: Context, **numbers: float
-    ) -> None:
-        for site in sites:
-            context.remark(kind, self.name, site.name, site.node.op_type, message, **numbers)
 
     def _smooth(
         self,
@@ -137,7 +130,7 @@ class Smooth(Pass):
         elif route is None and not (self.insert and numbers["noise_ratio"] >= WORTH_A_MUL):
             why = "no constant before it can take the factors"
         if why is not None:
-            self._remark("declined", sites, f"not smoothed: {why}", context, **numbers)
+            self.remark(context, sites, "declined", f"not smoothed: {why}", **numbers)
             return False
         if route is not None:
             divide(model, route, factors)
@@ -148,7 +141,7 @@ class Smooth(Pass):
         set_stats(smoothed, stats.divided(factors))
         for site in sites:
             scale_inputs(model, site, factors)
-        self._remark("applied", sites, f"smoothed: factors went into {where}", context, **numbers)
+        self.remark(context, sites, "applied", f"smoothed: factors went into {where}", **numbers)
         return True
 
     def _choose(

@@ -28,7 +28,6 @@ from qgraph.graph.sites import Site, only_user
 from qgraph.numerics.spec import PerTensor
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
-from qgraph.pipeline.remarks import Kind
 
 Indices = NDArray[np.int64]
 HUSH = np.float32(2.0**24)
@@ -97,21 +96,16 @@ class SplitOutliers(Pass):
     def _split(self, model: ir.Model, sites: list[Site], context: Context) -> bool:
         x = sites[0].x  # as it is now: an earlier split may have put its sum there
         quantized = [site for site in sites if data_spec(site) is not None]
-
-        def remark(kind: Kind, message: str, **numbers: float) -> None:
-            for site in quantized:
-                op = site.node.op_type
-                context.remark(kind, self.name, site.name, op, message, **numbers)
-
         if why := unscalable(x, sites):
-            remark("declined", f"not split: {why}")
+            self.remark(context, quantized, "declined", f"not split: {why}")
             return False
         stats = calibrated_stats(x)
         peaks = stats.channel_peak
         assert peaks is not None
         found = outliers(peaks, self.threshold, self.share, self.most)
         if not found.size:
-            remark("declined", "not split: no channel has outliers", largest=peaks.max())
+            why = "not split: no channel has outliers"
+            self.remark(context, quantized, "declined", why, largest=peaks.max())
             return False
 
         hush = np.ones(peaks.size, np.float32)
@@ -133,7 +127,9 @@ class SplitOutliers(Pass):
                 scale_inputs(model, site, row_factors(input_peaks(site), found))
             _add(model, site, taken.outputs[0], rows)
         numbers = {"channels": found.size, "of": peaks.size}
-        remark("applied", "channels with outliers stay in float", **numbers)
+        self.remark(
+            context, quantized, "applied", "channels with outliers stay in float", **numbers
+        )
         return True
 
 

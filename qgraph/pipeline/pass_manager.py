@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -14,8 +14,10 @@ import onnx_ir as ir
 
 from qgraph.errors import PipelineError, VerificationError
 from qgraph.graph.annotation import Stage, stages_of
+from qgraph.graph.sites import Site
 from qgraph.numerics.spec import QuantSpec
 from qgraph.pipeline.context import Context
+from qgraph.pipeline.remarks import Kind
 from qgraph.pipeline.verify import NumericProbe, check_structure
 
 
@@ -51,6 +53,18 @@ class Pass:
     def run(self, model: ir.Model, context: Context) -> bool:
         """Rewrite `model` in place. Returns whether anything changed."""
         raise NotImplementedError
+
+    def remark(
+        self,
+        context: Context,
+        site: Site | Iterable[Site],
+        kind: Kind,
+        message: str,
+        **numbers: float,
+    ) -> None:
+        """Leave a remark about a site, or the same one about each of several."""
+        for one in (site,) if isinstance(site, Site) else site:
+            context.remark(kind, self.name, one.name, one.node.op_type, message, **numbers)
 
     def __str__(self) -> str:
         """As written in a pipeline: its name, and in braces the parameters that are not defaults.
