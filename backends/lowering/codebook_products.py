@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.backends.lowering.block_products import multiply_in_blocks
-from qgraph.graph.editing import insert, shared_constant
+from qgraph.graph.builder import Builder
+from qgraph.graph.editing import shared_constant
 from qgraph.graph.functions import ROUND_IN_BLOCKS, is_call
 from qgraph.graph.reading import array, attribute, dims, is_op, nodes
 from qgraph.numerics.codebooks import STEPS
@@ -87,35 +88,23 @@ def _match(node: ir.Node) -> _CodebookProduct | None:
 def _lower(model: ir.Model, node: ir.Node, product: _CodebookProduct) -> None:
     (n, count, size), base = product.codes.shape, product.call.outputs[0].name
 
-    def op(
-        op_type: str, *inputs: ir.Value | None, dtype: ir.DataType, **attributes: int
-    ) -> ir.Value:
-        made = insert(
-            model, product.call, op_type, inputs, base=f"{base}_{op_type}", attributes=attributes
-        )
-        made.outputs[0].type = ir.TensorType(dtype)
-        return made.outputs[0]
-
+    graph = Builder(model, product.call, f"{base}_")
     name = product.call.inputs[0].name if product.call.inputs[0] else base
     words = shared_constant(model, f"{name}_words", _words(product.codes))
     levels = shared_constant(model, "qgraph/levels_int8", looked_up_together(product.levels))
-    index = op("Cast", words, to=int(ir.DataType.INT32), dtype=ir.DataType.INT32)
+    index = graph.op("Cast", words, to=int(ir.DataType.INT32), dtype=ir.DataType.INT32)
     shape = shared_constant(
         model, f"qgraph/shape_{n}_{count}_{size}", np.array([n, count, size], np.int64)
     )
-    weight = op(
-        "Reshape", op("Gather", levels, index, dtype=ir.DataType.UINT8), shape,
-        dtype=ir.DataType.UINT8,
-    )  # fmt: skip
-    weight.shape = ir.Shape([n, count, size])
+    looked_up = graph.op("Gather", levels, index, dtype=ir.DataType.UINT8)
+    weight = graph.op("Reshape", looked_up, shape, dtype=ir.DataType.UINT8, shape=(n, count, size))
     factor = np.float32(attribute(node, "alpha", 1.0)) / STEPS
     scale, scales = product.call.inputs[2], array(product.call.inputs[2])
     if scales is not None:
         kernel_scale = shared_constant(model, f"{base}_int8_scale", scales * factor)
     else:
         per_step = shared_constant(model, "qgraph/per_step", factor)
-        kernel_scale = op("Mul", scale, per_step, dtype=ir.DataType.FLOAT)
-        kernel_scale.shape = ir.Shape([n, count])
+        kernel_scale = graph.op("Mul", scale, per_step, shape=(n, count))
     inputs = [product.x, weight, kernel_scale]
     multiply_in_blocks(model, node, inputs, n=n, k=product.k, bits=8, size=size)
 

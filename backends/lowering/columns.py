@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.backends.lowering.match import Blocks, blocks_of, dynamic_data
+from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, shared_constant
 from qgraph.graph.reading import array, attribute, constant, dims, is_op, nodes
 from qgraph.numerics.reference import SMALLEST_SCALE
@@ -84,38 +85,37 @@ def _unpack(model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks, limit: 
 
 def _spread(
     model: ir.Model, node: ir.Node, q: ir.Value, values: ir.Value, blocks: Blocks
-) -> ir.Node:
+) -> ir.Value:
     """Values of blocks, repeated for each element."""
     k = dims(q)[blocks.axis] or 0
     owner = shared_constant(
         model, f"qgraph/blocks_{k}_{blocks.size}", np.arange(k, dtype=np.int64) // blocks.size
     )
     base, attributes = f"{q.name}_spread", {"axis": blocks.axis}
-    return insert(model, node, "Gather", [values, owner], base=base, attributes=attributes)
+    return insert(model, node, "Gather", [values, owner], base=base, attributes=attributes).outputs[
+        0
+    ]
 
 
 def _rounded_columns(
     model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks, limit: int
 ) -> tuple[ir.Value, np.ndarray]:
     """int8 columns as near to blocks with scales of their own as can be, and their scale."""
-    integers, real = array(q), {"to": int(ir.DataType.FLOAT)}
+    integers = array(q)
     assert integers is not None
     peaks = _block_peaks(np.asarray(integers, np.int8), blocks)
     column = np.maximum(peaks.max(axis=blocks.axis, keepdims=True), SMALLEST_SCALE) / limit
     ratio = add_constant(model, f"{q.name}_ratio", (blocks.scales / column).astype(np.float32))
 
-    def op(op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        base = f"{q.name}_{op_type}"
-        made = insert(model, node, op_type, inputs, base=base, attributes=attributes).outputs[0]
-        made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), q.shape
-        return made
-
-    value = op("Cast", q, **real)
+    graph = Builder(model, node, f"{q.name}_")
+    value = graph.op("Cast", q, to=int(ir.DataType.FLOAT), shape=q.shape)
     if blocks.zeros is not None:
         zeros = add_constant(model, f"{q.name}_zeros", blocks.zeros.astype(np.float32))
-        value = op("Sub", value, _spread(model, node, q, zeros, blocks).outputs[0])
-    value = op("Mul", value, _spread(model, node, q, ratio, blocks).outputs[0])
-    return _int8(model, node, op("Round", value)), column.astype(np.float32)
+        spread = _spread(model, node, q, zeros, blocks)
+        value = graph.op("Sub", value, spread, shape=q.shape)
+    value = graph.op("Mul", value, _spread(model, node, q, ratio, blocks), shape=q.shape)
+    rounded = graph.op("Round", value, shape=q.shape)
+    return _int8(model, node, rounded), column.astype(np.float32)
 
 
 def _block_peaks(q: np.ndarray, blocks: Blocks) -> np.ndarray:

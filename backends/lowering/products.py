@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.backends.lowering.match import dynamic_data, gemm_bias, symmetric_scale
+from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, redirect
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import MICROSOFT, array, attribute, constant, dims, is_op, nodes
+from qgraph.graph.reading import MICROSOFT, array, attribute, constant, dims, is_op, nodes, scope
 
 Dialect = Literal["onnxruntime", "standard"]
 
@@ -78,46 +79,33 @@ def _lower_product(model: ir.Model, product: _DynamicProduct, dialect: Dialect) 
     weight, scale = _weight(model, product)
     base = node.outputs[0].name or node.name or "product"
 
-    def op(op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: int) -> ir.Value:
-        made = insert(
-            model,
-            node,
-            op_type,
-            inputs,
-            base=f"{base}_{op_type}",
-            attributes=dict(attributes),
-            domain=domain,
-        )
-        made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        made.outputs[0].shape = node.outputs[0].shape
-        return made.outputs[0]
-
+    graph, shape = Builder(model, node, f"{base}_"), node.outputs[0].shape
     q, bias = product.data.inputs[0], gemm_bias(model, node)
     if per_token:
         a_scale, a_zero = product.data.inputs[2:4]
     if dialect == "onnxruntime" and per_token:
-        y = op("MatMulIntegerToFloat", q, weight, a_scale, scale, a_zero, domain=MICROSOFT)
+        inputs = [q, weight, a_scale, scale, a_zero]
+        y = graph.op("MatMulIntegerToFloat", *inputs, shape=shape, domain=MICROSOFT)
     elif dialect == "onnxruntime":
         assert q is not None
         x = q.producer().inputs[0]  # type: ignore[union-attr]
         fused = bias if dims(bias) == dims(weight)[1:] else None
-        y = op("DynamicQuantizeMatMul", x, weight, scale, None, fused, domain=MICROSOFT)
+        inputs = [x, weight, scale, None, fused]
+        y = graph.op("DynamicQuantizeMatMul", *inputs, shape=shape, domain=MICROSOFT)
         bias = None if fused is not None else bias
     else:
         x_scale, x_zero = (a_scale, a_zero) if per_token else product.data.inputs[1:3]
-        total = op("Cast", op("MatMulInteger", q, weight, x_zero), to=int(ir.DataType.FLOAT))
-        total.producer().inputs[0].type = ir.TensorType(ir.DataType.INT32)  # type: ignore[union-attr]
-        y = op("Mul", total, op("Mul", x_scale, scale))
-        y.producer().inputs[1].shape = None  # type: ignore[union-attr]
+        inputs = [q, weight, x_zero]
+        total = graph.op("MatMulInteger", *inputs, dtype=ir.DataType.INT32, shape=shape)
+        total = graph.op("Cast", total, to=int(ir.DataType.FLOAT), shape=shape)
+        y = graph.op("Mul", total, graph.op("Mul", x_scale, scale), shape=shape)
     if per_token:
-        y = op("Mul", y, product.data.inputs[1])
+        y = graph.op("Mul", y, product.data.inputs[1], shape=shape)
     if bias is not None:
-        y = op("Add", y, bias)
+        y = graph.op("Add", y, bias, shape=shape)
     redirect(node.outputs[0], y)
     y.producer().name = node.name  # type: ignore[union-attr]
-    graph = node.graph
-    assert graph is not None
-    graph.remove(node, safe=True)
+    scope(node).remove(node, safe=True)
 
 
 def _weight(model: ir.Model, product: _DynamicProduct) -> tuple[ir.Value, ir.Value]:

@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from qgraph.errors import CalibrationError
 from qgraph.graph.annotation import forget
-from qgraph.graph.editing import insert, redirect, remove_dead
+from qgraph.graph.builder import Builder
+from qgraph.graph.editing import redirect, remove_dead
 from qgraph.graph.functions import OBSERVER, is_call, undeclare_unused
 from qgraph.graph.reading import opset
 from qgraph.io.feeds import Feed
@@ -51,33 +52,24 @@ def reductions(model: ir.Model, wanted: Mapping[str, Wanted]) -> ir.Model:
 
 
 def _reduce(model: ir.Model, node: ir.Node, x: ir.Value, wanted: Wanted) -> dict[str, ir.Value]:
-    def op(
-        op_type: str, *inputs: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any
-    ) -> ir.Value:
-        made = insert(
-            model, node, op_type, inputs, base=f"{x.name}/{op_type}", attributes=attributes
-        )
-        made.outputs[0].type = ir.TensorType(dtype)
-        return made.outputs[0]
-
-    wide = x
+    graph, wide = Builder(model, node, f"{x.name}/"), x
     if x.dtype not in (ir.DataType.FLOAT, None):
-        wide = op("Cast", x, to=int(ir.DataType.FLOAT))
+        wide = graph.op("Cast", x, to=int(ir.DataType.FLOAT))
     found = {
-        "low": op("ReduceMin", wide, keepdims=0),
-        "high": op("ReduceMax", wide, keepdims=0),
-        "sum": op("ReduceSum", wide, keepdims=0),  # onnxruntime's extremes ignore NaN
-        "size": op("Size", wide, dtype=ir.DataType.INT64),
+        "low": graph.op("ReduceMin", wide, keepdims=0),
+        "high": graph.op("ReduceMax", wide, keepdims=0),
+        "sum": graph.op("ReduceSum", wide, keepdims=0),  # onnxruntime's extremes ignore NaN
+        "size": graph.op("Size", wide, dtype=ir.DataType.INT64),
     }
     if wanted.token_power:
-        found["power"] = _reduced(model, op, "ReduceMean", op("Mul", wide, wide), [-1])
+        found["power"] = _reduced(graph, "ReduceMean", graph.op("Mul", wide, wide), [-1])
     if (others := _other_axes(wanted.channel_mean_axis, x)) is not None:
-        found["mean"] = _reduced(model, op, "ReduceMean", wide, others)
+        found["mean"] = _reduced(graph, "ReduceMean", wide, others)
     if (others := _other_axes(wanted.channel_range_axis, x)) is not None:
-        found["channel_low"] = _reduced(model, op, "ReduceMin", wide, others)
-        found["channel_high"] = _reduced(model, op, "ReduceMax", wide, others)
+        found["channel_low"] = _reduced(graph, "ReduceMin", wide, others)
+        found["channel_high"] = _reduced(graph, "ReduceMax", wide, others)
     if wanted.histogram:
-        found["raw"] = op("Identity", wide)
+        found["raw"] = graph.op("Identity", wide)
     return found
 
 
@@ -88,12 +80,12 @@ def _other_axes(axis: int | None, x: ir.Value) -> list[int] | None:
     return [i for i in range(rank) if i != axis % rank]
 
 
-def _reduced(model: ir.Model, op: Any, op_type: str, x: ir.Value, axes: list[int]) -> ir.Value:
+def _reduced(graph: Builder, op_type: str, x: ir.Value, axes: list[int]) -> ir.Value:
     """A reduction over `axes`, which became an input in opset 18."""
-    if opset(model) < 18:
-        return op(op_type, x, axes=axes, keepdims=0)  # type: ignore[no-any-return]
-    given = op("Constant", value_ints=axes, dtype=ir.DataType.INT64)
-    return op(op_type, x, given, keepdims=0)  # type: ignore[no-any-return]
+    if opset(graph.model) < 18:
+        return graph.op(op_type, x, axes=axes, keepdims=0)
+    given = graph.op("Constant", value_ints=axes, dtype=ir.DataType.INT64)
+    return graph.op(op_type, x, given, keepdims=0)
 
 
 def collect(

@@ -1,29 +1,41 @@
-"""Nodes, one after the other, for the body of a function."""
+"""Nodes for a graph that is there already; a graph that is new is written on an `ir.tape.Tape`."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
+from qgraph.graph.editing import insert
 
-class _Body:
-    """Collects the nodes of a function body."""
 
-    def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
+class Builder:
+    """Puts nodes before another one, in the order of the calls.
+
+    Args:
+        model: gets the nodes.
+        anchor: the node before which they go.
+        prefix: what their names begin with; the operator follows.
+    """
+
+    def __init__(self, model: ir.Model, anchor: ir.Node, prefix: str) -> None:
+        self.model, self.anchor, self.prefix = model, anchor, prefix
 
     def op(
-        self, op_type: str, *inputs: ir.Value, **attributes: int | list[int] | ir.Attr
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        domain: str = "",
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        shape: ir.Shape | Sequence[int] | None = None,
+        **attributes: int | list[int],
     ) -> ir.Value:
-        node = ir.node(op_type, inputs=list(inputs), attributes=attributes or None)
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, array: np.ndarray) -> ir.Value:
-        return self.op("Constant", value=ir.AttrTensor("value", ir.Tensor(array)))
-
-    def max_last(self, x: ir.Value, version: int) -> ir.Value:
-        """ReduceMax over the last axis, which became an input in opset 18."""
-        if version >= 18:
-            return self.op("ReduceMax", x, self.constant(np.array([-1], np.int64)), keepdims=1)
-        return self.op("ReduceMax", x, axes=[-1], keepdims=1)
+        """What a new node computes, of this dtype and shape (None: unknown)."""
+        node = insert(
+            self.model, self.anchor, op_type, inputs,
+            base=f"{self.prefix}{op_type}", attributes=attributes, domain=domain,
+        )  # fmt: skip
+        result = node.outputs[0]
+        result.type = ir.TensorType(dtype)
+        result.shape = shape if shape is None or isinstance(shape, ir.Shape) else ir.Shape(shape)
+        return result

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 
-from qgraph.graph.builder import _Body
 from qgraph.graph.editing import shared_constant
 from qgraph.graph.reading import opset
 from qgraph.numerics.tokens import TokenGrid
@@ -25,54 +25,54 @@ DEQUANTIZE_CODEBOOK = "DequantizeCodebook"
 
 
 def _observer(version: int) -> ir.Function:
-    x, body = ir.Value(name="x"), _Body()
-    return _function(OBSERVER, [x], [body.op("Identity", x)], body, version)
+    x, body = ir.Value(name="x"), Tape()
+    return _function(OBSERVER, [x], [body.op("Identity", [x])], body, version)
 
 
 def _quantize_per_token(version: int) -> ir.Function:
     """(x, step, zero, floor) -> (q uint8, largest), see `numerics.tokens.quantize_per_token`."""
-    inputs, body = [ir.Value(name=name) for name in ("x", "step", "zero", "floor")], _Body()
+    inputs, body = [ir.Value(name=name) for name in ("x", "step", "zero", "floor")], Tape()
     x, step, zero, floor = inputs
-    largest = body.op("Max", body.max_last(body.op("Abs", x), version), floor)
-    q = body.op("QuantizeLinear", body.op("Div", x, largest), step, zero)
+    largest = body.op("Max", [_max_last(body, body.op("Abs", [x]), version), floor])
+    q = body.op("QuantizeLinear", [body.op("Div", [x, largest]), step, zero])
     return _function(QUANTIZE_PER_TOKEN, inputs, [q, largest], body, version)
 
 
 def _dequantize_per_token(version: int) -> ir.Function:
     """(q, largest, step, zero) -> x, see `numerics.tokens.dequantize_per_token`."""
-    inputs, body = [ir.Value(name=name) for name in ("q", "largest", "step", "zero")], _Body()
+    inputs, body = [ir.Value(name=name) for name in ("q", "largest", "step", "zero")], Tape()
     q, largest, step, zero = inputs
-    y = body.op("Mul", body.op("DequantizeLinear", q, step, zero), largest)
+    y = body.op("Mul", [body.op("DequantizeLinear", [q, step, zero]), largest])
     return _function(DEQUANTIZE_PER_TOKEN, inputs, [y], body, version)
 
 
 def _round_in_blocks(version: int) -> ir.Function:
     """(x, block, step, floor) -> x, see `numerics.tokens.round_in_blocks`; block is [-1, size]."""
-    inputs, body = [ir.Value(name=name) for name in ("x", "block", "step", "floor")], _Body()
+    inputs, body = [ir.Value(name=name) for name in ("x", "block", "step", "floor")], Tape()
     x, block, step, floor = inputs
-    last, none = (body.constant(np.array([i], np.int64)) for i in (-1, 0))
-    size = body.op("Gather", block, body.constant(np.array([1], np.int64)))
-    channels = body.op("Gather", body.op("Shape", x), last)
-    spare = body.op("Mod", body.op("Neg", channels), size)  # the last block may be shorter
-    lead = body.op("Slice", body.op("Shape", x), none, last)
-    filling = body.op("ConstantOfShape", body.op("Concat", lead, spare, axis=0))
-    padded = body.op("Concat", x, filling, axis=-1)
-    blocks = body.op("Reshape", padded, block)
-    largest = body.op("Max", body.max_last(body.op("Abs", blocks), version), floor)
-    scale = body.op("Mul", largest, step)
-    rounded = body.op("Mul", body.op("Round", body.op("Div", blocks, scale)), scale)
-    padded = body.op("Reshape", rounded, body.op("Shape", padded))
-    y = body.op("Slice", padded, none, channels, last)
+    last, none = (_constant(body, np.array([i], np.int64)) for i in (-1, 0))
+    size = body.op("Gather", [block, _constant(body, np.array([1], np.int64))])
+    channels = body.op("Gather", [body.op("Shape", [x]), last])
+    spare = body.op("Mod", [body.op("Neg", [channels]), size])  # the last block may be shorter
+    lead = body.op("Slice", [body.op("Shape", [x]), none, last])
+    filling = body.op("ConstantOfShape", [body.op("Concat", [lead, spare], {"axis": 0})])
+    padded = body.op("Concat", [x, filling], {"axis": -1})
+    blocks = body.op("Reshape", [padded, block])
+    largest = body.op("Max", [_max_last(body, body.op("Abs", [blocks]), version), floor])
+    scale = body.op("Mul", [largest, step])
+    rounded = body.op("Mul", [body.op("Round", [body.op("Div", [blocks, scale])]), scale])
+    padded = body.op("Reshape", [rounded, body.op("Shape", [padded])])
+    y = body.op("Slice", [padded, none, channels, last])
     return _function(ROUND_IN_BLOCKS, inputs, [y], body, version)
 
 
 def _dequantize_codebook(version: int) -> ir.Function:
     """(codes (..., size), table, scale (...)) -> table[codes] · scale, float32 (..., size)."""
-    inputs, body = [ir.Value(name=name) for name in ("codes", "table", "scale")], _Body()
+    inputs, body = [ir.Value(name=name) for name in ("codes", "table", "scale")], Tape()
     codes, table, scale = inputs
-    levels = body.op("Gather", table, body.op("Cast", codes, to=int(ir.DataType.INT32)))
-    steps = body.op("Unsqueeze", scale, body.constant(np.array([-1], np.int64)))
-    return _function(DEQUANTIZE_CODEBOOK, inputs, [body.op("Mul", levels, steps)], body, version)
+    levels = body.op("Gather", [table, body.op("Cast", [codes], {"to": int(ir.DataType.INT32)})])
+    steps = body.op("Unsqueeze", [scale, _constant(body, np.array([-1], np.int64))])
+    return _function(DEQUANTIZE_CODEBOOK, inputs, [body.op("Mul", [levels, steps])], body, version)
 
 
 _MAKERS: dict[str, Callable[[int], ir.Function]] = {
@@ -85,10 +85,22 @@ _MAKERS: dict[str, Callable[[int], ir.Function]] = {
 
 
 def _function(
-    name: str, inputs: list[ir.Value], outputs: list[ir.Value], body: _Body, version: int
+    name: str, inputs: list[ir.Value], outputs: list[ir.Value], body: Tape, version: int
 ) -> ir.Function:
     graph = ir.Graph(inputs, outputs, nodes=body.nodes, opset_imports={"": version}, name=name)
     return ir.Function(domain=DOMAIN, name=name, graph=graph, attributes=[])
+
+
+def _constant(body: Tape, array: np.ndarray) -> ir.Value:
+    return body.op("Constant", [], {"value": ir.Tensor(array)})
+
+
+def _max_last(body: Tape, x: ir.Value, version: int) -> ir.Value:
+    """ReduceMax over the last axis, which became an input in opset 18."""
+    if version < 18:
+        return body.op("ReduceMax", [x], {"axes": [-1], "keepdims": 1})
+    last = _constant(body, np.array([-1], np.int64))
+    return body.op("ReduceMax", [x, last], {"keepdims": 1})
 
 
 def declare(model: ir.Model, name: str, make: Callable[[int], ir.Function] | None = None) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.editing import add_constant, insert, shared_constant
+from qgraph.graph.builder import Builder
+from qgraph.graph.editing import add_constant, shared_constant
 from qgraph.graph.functions import DEQUANTIZE_CODEBOOK, DOMAIN, declare, is_call
 from qgraph.graph.reading import is_op
 from qgraph.graph.sites import Site
@@ -92,18 +93,19 @@ def _write(model: ir.Model, base: str, weight: Quantized) -> ir.Value:
     (n, k), size = codes.shape, weight.block
     filler = int(np.abs(weight.table).argmin())
     filled = np.pad(codes, [(0, 0), (0, -k % size)], constant_values=filler)
-    graph = _Nodes(model, base)
+    graph = Builder(model, model.graph[0], f"{base}_")
+    declare(model, DEQUANTIZE_CODEBOOK)
     blocks = graph.op(
         DEQUANTIZE_CODEBOOK,
         add_constant(model, f"{base}_codes", filled.reshape(n, -1, size), ir.DataType.UINT4),
         shared_constant(model, "qgraph/levels", weight.table),
-        _scales(graph, weight.nested, scale),
+        _scales(graph, base, weight.nested, scale),
         domain=DOMAIN,
         shape=(n, filled.shape[1] // size, size),
     )
-    rows = graph.op("Reshape", blocks, graph.numbers(n, -1), shape=filled.shape)
+    rows = graph.op("Reshape", blocks, _numbers(model, n, -1), shape=filled.shape)
     if k % size:
-        rows = graph.cut(rows, k, axis=1, shape=(n, k))
+        rows = _cut(graph, rows, k, axis=1, shape=(n, k))
     return rows if weight.axis else graph.op("Transpose", rows, perm=[1, 0], shape=(k, n))
 
 
@@ -124,9 +126,9 @@ def codebook_call(weight: ir.Value | None, *, turned: bool) -> ir.Node | None:
     return call if is_call(call, DEQUANTIZE_CODEBOOK) else None
 
 
-def _scales(graph: _Nodes, nested: NestedScales | None, scale: np.ndarray) -> ir.Value:
+def _scales(graph: Builder, base: str, nested: NestedScales | None, scale: np.ndarray) -> ir.Value:
     """The scales (N, blocks) as they are, or computed from eight bits each."""
-    model, base = graph.model, graph.base
+    model = graph.model
     if nested is None:
         return add_constant(model, f"{base}_scale", np.ascontiguousarray(scale))
     count, rows = nested.codes.size, nested.scale.size
@@ -143,43 +145,22 @@ def _scales(graph: _Nodes, nested: NestedScales | None, scale: np.ndarray) -> ir
     offset = add_constant(model, f"{base}_scale_offset", nested.offset)
     scales = graph.op("Add", rest, offset, shape=codes.shape)
     if spare:
-        scales = graph.op("Reshape", scales, graph.numbers(-1), shape=(codes.size,))
-        scales = graph.cut(scales, count, axis=0, shape=(count,))
-    return graph.op("Reshape", scales, graph.numbers(*scale.shape), shape=scale.shape)
+        scales = graph.op("Reshape", scales, _numbers(model, -1), shape=(codes.size,))
+        scales = _cut(graph, scales, count, axis=0, shape=(count,))
+    return graph.op("Reshape", scales, _numbers(model, *scale.shape), shape=scale.shape)
 
 
-class _Nodes:
-    """Puts nodes at the start of the main graph, in order."""
+def _numbers(model: ir.Model, *values: int) -> ir.Value:
+    name = "qgraph/shape_" + "_".join(map(str, values))
+    return shared_constant(model, name, np.array(values, np.int64))
 
-    def __init__(self, model: ir.Model, base: str) -> None:
-        self.model, self.base, self._anchor = model, base, model.graph[0]
 
-    def op(
-        self,
-        op_type: str,
-        *inputs: ir.Value,
-        shape: tuple[int, ...],
-        domain: str = "",
-        **attributes: int | list[int],
-    ) -> ir.Value:
-        if domain == DOMAIN:
-            declare(self.model, op_type)
-        node = insert(
-            self.model, self._anchor, op_type, inputs,
-            base=f"{self.base}_{op_type}", attributes=attributes, domain=domain,
-        )  # fmt: skip
-        result = node.outputs[0]
-        result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
-        return result
-
-    def numbers(self, *values: int) -> ir.Value:
-        name = "qgraph/shape_" + "_".join(map(str, values))
-        return shared_constant(self.model, name, np.array(values, np.int64))
-
-    def cut(self, value: ir.Value, count: int, *, axis: int, shape: tuple[int, ...]) -> ir.Value:
-        """The first `count` elements along an axis."""
-        bounds = [self.numbers(0), self.numbers(count), self.numbers(axis)]
-        return self.op("Slice", value, *bounds, shape=shape)
+def _cut(
+    graph: Builder, value: ir.Value, count: int, *, axis: int, shape: tuple[int, ...]
+) -> ir.Value:
+    """The first `count` elements along an axis."""
+    bounds = [_numbers(graph.model, number) for number in (0, count, axis)]
+    return graph.op("Slice", value, *bounds, shape=shape)
 
 
 def quantize_in_codebook(w: np.ndarray, blocks: PerBlock, spec: QuantSpec) -> Quantized:

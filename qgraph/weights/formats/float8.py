@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant
 from qgraph.graph.sites import Site
 from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.reference import along
 from qgraph.numerics.spec import FLOAT8, PerAxis, PerTensor, QuantSpec
-from qgraph.weights.formats.codebook import _Nodes
 from qgraph.weights.formats.format import COMPUTED_IN_FLOAT, Format, Reader, unknown_types
 from qgraph.weights.formats.linear import quantize_in_slices
 
@@ -40,7 +40,7 @@ class Float8(Format):
         return Quantized(*quantize_in_slices(w, axis, spec), axis)
 
     def write(self, model: ir.Model, base: str, weight: Quantized, spec: QuantSpec) -> Reader:
-        graph, shape = _Nodes(model, base), weight.q.shape
+        graph, shape = Builder(model, model.graph[0], f"{base}_"), weight.q.shape
         scale = (
             weight.scale if weight.axis is None else along(weight.scale, weight.axis, len(shape))
         )
