@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,8 +17,8 @@ from qgraph.graph.annotation import (
     set_use_specs,
     weight_spec,
 )
-from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
-from qgraph.graph.reading import array, constant, dims, release, unmap
+from qgraph.graph.editing import add_constant, derived, insert, redirect, remove_dead
+from qgraph.graph.reading import array, constant, dims, release
 from qgraph.graph.sites import Site, sites
 from qgraph.numerics.spec import PerAxis, PerBlock
 from qgraph.pipeline.context import Context
@@ -107,7 +106,7 @@ def _balance(model: ir.Model, site: Site, tensor: ir.TensorProtocol) -> None:
     assert table is not None
     factors = column_factors(table)
     release(site.weight)
-    balanced = _derived(tensor, lambda w: w / factors, table.shape)
+    balanced = derived(tensor, lambda w: w / factors)
     node.replace_input_with(site.w_index, add_constant(model, f"{base}_balanced", balanced))
     _append(model, node, "Mul", add_constant(model, f"{base}_columns", factors), base="columns")
 
@@ -165,7 +164,7 @@ def _without_trans_b(model: ir.Model, product: Site) -> Site:
     """A Gemm with its weight as (K, N), which is what integer kernels take."""
     node, index, tensor = product.node, product.w_index, constant(product.weight)
     assert tensor is not None
-    turned = _derived(tensor, lambda w: w.T.copy(), product.kn)
+    turned = derived(tensor, lambda w: w.T.copy(), product.kn)
     node.replace_input_with(index, add_constant(model, f"{product.weight.name}_T", turned))
     node.attributes.pop("transB")
     set_use_spec(node, index, annotated_weight_spec(product).with_(granularity=PerAxis(1)))
@@ -191,21 +190,6 @@ def _append(
     redirect(old, new, keep=[made])
     move_annotations(old, new)
     return made
-
-
-def _derived(
-    tensor: ir.TensorProtocol,
-    compute: Callable[[np.ndarray], np.ndarray],
-    shape: Sequence[int],
-) -> ir.LazyTensor:
-    """What `compute` makes of `tensor`, an array of its own, whenever it is read."""
-
-    def read() -> ir.TensorProtocol:
-        result = ir.Tensor(compute(tensor.numpy()))
-        unmap(tensor)
-        return result
-
-    return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(shape), cache=False)
 
 
 def column_factors(table: np.ndarray) -> np.ndarray:

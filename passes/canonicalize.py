@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qgraph.graph.annotation import Stage
-from qgraph.graph.editing import add_constant, redirect, remove_dead
+from qgraph.graph.editing import add_constant, derived, redirect, remove_dead
 from qgraph.graph.names import unique_names
 from qgraph.graph.reading import INLINE_BYTES, array, attribute, constant, dims, is_op
 from qgraph.graph.types import infer_types
@@ -181,7 +181,7 @@ def _absorb(model: ir.Model, node: ir.Node, index: int, factor: float, name: str
     tensor = constant(value)
     if factor == 1.0 or tensor is None or tensor.dtype not in _WIDE:
         return False
-    _substitute(model, node, index, name, tensor.shape.numpy(), lambda: tensor.numpy() * factor)
+    _substitute(model, node, index, name, tensor.shape.numpy(), lambda w: w * factor)
     node.attributes.pop(name)
     return True
 
@@ -196,7 +196,7 @@ def _flat_weight(model: ir.Model, node: ir.Node) -> bool:
     if len(dims(node.inputs[0])) < len(tensor.shape):
         return False
     shape = tensor.shape.numpy()[-2:]
-    _substitute(model, node, 1, "matrix", shape, lambda: tensor.numpy().reshape(shape))
+    _substitute(model, node, 1, "matrix", shape, lambda w: w.reshape(shape))
     return True
 
 
@@ -206,18 +206,12 @@ def _substitute(
     index: int,
     suffix: str,
     shape: Sequence[int],
-    compute: Callable[[], np.ndarray],
+    change: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     """Give `node` a constant of its own, computed from an old one when it is read."""
     value = node.inputs[index]
     tensor = constant(value)
     assert value is not None
     assert tensor is not None
-    dtype = tensor.dtype
-    lazy = ir.LazyTensor(
-        lambda: ir.Tensor(compute().astype(dtype.numpy(), copy=False), dtype=dtype),
-        dtype=dtype,
-        shape=ir.Shape(shape),
-        cache=tensor.nbytes <= FoldConstants.lazy,
-    )
+    lazy = derived(tensor, change, shape, cache=tensor.nbytes <= FoldConstants.lazy)
     node.replace_input_with(index, add_constant(model, f"{value.name}_{suffix}", lazy))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qgraph.errors import ModelError, QGraphError
 from qgraph.graph.annotation import Stage, set_integers
-from qgraph.graph.editing import add_constant, insert, remove_dead
+from qgraph.graph.editing import add_constant, computed, insert, remove_dead
 from qgraph.graph.ops import FLOATS, NORMS
 from qgraph.graph.provenance import modules
 from qgraph.graph.reading import array, constant, dims, release
@@ -289,13 +289,8 @@ class _Loading:
         """A constant in place of `old`, computed whenever it is read."""
         like = constant(old)
         assert like is not None
-        dtype = like.dtype
-        lazy = ir.LazyTensor(
-            lambda: ir.Tensor(np.ascontiguousarray(make().astype(dtype.numpy(), copy=False))),
-            dtype=dtype,
-            shape=ir.Shape(like.shape.numpy()),
-            cache=False,
-        )
+        dtype, shape = like.dtype, like.shape.numpy()
+        lazy = computed(lambda: np.ascontiguousarray(make()), dtype, shape)
         return add_constant(self.model, base, lazy)
 
     def _remark(self, kind: Kind, site: Site, message: str, **numbers: float) -> None:

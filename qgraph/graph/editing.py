@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.annotation import copy_annotations
 from qgraph.graph.names import fresh_name
-from qgraph.graph.reading import INLINE_BYTES, is_op, scope
+from qgraph.graph.reading import INLINE_BYTES, is_op, scope, unmap
 
 
 def add_constant(
@@ -39,6 +39,44 @@ def add_constant(
     )
     model.graph.register_initializer(value)
     return value
+
+
+def computed(
+    compute: Callable[[], np.ndarray],
+    dtype: ir.DataType,
+    shape: Sequence[int],
+    *,
+    cache: bool = False,
+) -> ir.LazyTensor:
+    """A tensor whose values are computed whenever they are read.
+
+    Args:
+        compute: makes the values, which are converted to `dtype`.
+        cache: keep them from the first time on.
+    """
+
+    def read() -> ir.TensorProtocol:
+        return ir.Tensor(compute().astype(dtype.numpy(), copy=False), dtype=dtype)
+
+    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), cache=cache)
+
+
+def derived(
+    tensor: ir.TensorProtocol,
+    change: Callable[[np.ndarray], np.ndarray],
+    shape: Sequence[int] | None = None,
+    *,
+    cache: bool = False,
+) -> ir.LazyTensor:
+    """:func:`computed` from another tensor, of its dtype and, unless given, its shape."""
+
+    def compute() -> np.ndarray:
+        result = change(tensor.numpy())
+        unmap(tensor)
+        return result
+
+    shape = tensor.shape.numpy() if shape is None else shape
+    return computed(compute, tensor.dtype, shape, cache=cache)
 
 
 def shared_constant(model: ir.Model, name: str, data: np.ndarray | np.generic) -> ir.Value:

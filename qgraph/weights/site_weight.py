@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +19,7 @@ from qgraph.graph.annotation import (
     stats_of,
     trained_scale,
 )
-from qgraph.graph.editing import add_constant
+from qgraph.graph.editing import add_constant, computed
 from qgraph.graph.ops import MOVES
 from qgraph.graph.reading import array, attribute, constant, dims, is_op
 from qgraph.graph.sites import Site, reduction_rows
@@ -42,19 +41,10 @@ def replace_weight(model: ir.Model, site: Site, integers: Quantized, word: str) 
     """
     tensor, spec = constant(site.weight), annotated_weight_spec(site)
     assert tensor is not None
-    values = ir.LazyTensor(
-        partial(_values, integers, tensor.dtype),
-        dtype=tensor.dtype,
-        shape=ir.Shape(tensor.shape.numpy()),
-        cache=False,
-    )
+    values = computed(integers.float, tensor.dtype, tensor.shape.numpy())
     new = add_constant(model, f"{site.weight.name}_{word}", values)
     set_integers(new, spec, integers)
     site.node.replace_input_with(site.w_index, new)
-
-
-def _values(integers: Quantized, dtype: ir.DataType) -> ir.TensorProtocol:
-    return ir.Tensor(integers.float().astype(dtype.numpy()))
 
 
 def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:

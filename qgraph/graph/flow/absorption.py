@@ -25,10 +25,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph.graph.annotation import forget_stats
-from qgraph.graph.editing import add_constant
+from qgraph.graph.editing import add_constant, derived
 from qgraph.graph.flow.channels import Channels, Part
 from qgraph.graph.flow.steps import ways
-from qgraph.graph.reading import constant, dims, is_op, node_name, unmap
+from qgraph.graph.reading import constant, dims, is_op, node_name
 from qgraph.numerics.reference import Number
 
 
@@ -108,20 +108,13 @@ def divide(model: ir.Model, found: Absorption, factors: NDArray[np.float32]) -> 
         assert tensor is not None
         divisor = np.where(edit.channels < 0, 1, factors[edit.channels]).astype(np.float32)
         shape = np.broadcast_shapes(tuple(tensor.shape.numpy()), divisor.shape)
-        quotient = ir.LazyTensor(
-            partial(_quotient, tensor, divisor),
-            dtype=tensor.dtype,
-            shape=ir.Shape(shape),
-            cache=False,
-        )
+        quotient = derived(tensor, partial(_quotient, divisor), shape)
         scaled = add_constant(model, f"{value.name}_scaled", quotient)
         edit.node.replace_input_with(edit.index, scaled)
 
 
-def _quotient(tensor: ir.TensorProtocol, divisor: NDArray[np.float32]) -> ir.TensorProtocol:
-    result = ir.Tensor(np.asarray(tensor.numpy() / divisor))
-    unmap(tensor)
-    return result
+def _quotient(divisor: NDArray[np.float32], w: np.ndarray) -> np.ndarray:
+    return np.asarray(w / divisor)
 
 
 def merge(ties: Channels, values: NDArray[Number], how: np.ufunc = np.maximum) -> NDArray[Number]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.annotation import stats_of
-from qgraph.graph.editing import add_constant
-from qgraph.graph.reading import array, constant, is_op, release, unmap
+from qgraph.graph.editing import add_constant, derived
+from qgraph.graph.reading import array, constant, is_op, release
 from qgraph.graph.sites import Site
 from qgraph.numerics.reference import along
 
@@ -53,18 +52,7 @@ def scale_inputs(model: ir.Model, site: Site, factors: np.ndarray) -> None:
     """
     tensor = constant(site.weight)
     assert tensor is not None
-    scaled = ir.LazyTensor(
-        partial(_product, tensor, along(factors, 1 - site.axis, 2)),
-        dtype=tensor.dtype,
-        shape=ir.Shape(tensor.shape.numpy()),
-        cache=False,
-    )
+    rows = along(factors, 1 - site.axis, 2)
+    scaled = derived(tensor, lambda w: w * rows)
     value = add_constant(model, f"{site.weight.name}_scaled", scaled)
     site.node.replace_input_with(site.w_index, value)
-
-
-def _product(tensor: ir.TensorProtocol, factors: np.ndarray) -> ir.TensorProtocol:
-    w = tensor.numpy()
-    result = ir.Tensor((w * factors).astype(w.dtype))
-    unmap(tensor)
-    return result
