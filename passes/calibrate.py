@@ -9,6 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qgraph.calibration.collect import collect, reductions
+from qgraph.calibration.data import NEEDED_OR_DYNAMIC, UNREACHED
 from qgraph.calibration.resume import key, read_stats, write_stats
 from qgraph.errors import CalibrationError
 from qgraph.graph.annotation import Stage, set_stats, wanted_of
@@ -49,10 +50,7 @@ class Calibrate(Pass):
         if not observers:
             return False
         if context.calibration is None:
-            raise CalibrationError(
-                "this needs calibration data: give some typical inputs (calibration=..., or -c on "
-                "the command line), or use the recipe 'dynamic'"
-            )
+            raise CalibrationError(f"this {NEEDED_OR_DYNAMIC}")
         wanted = {_observed(node): wanted_of(node) for node in observers}
         stats = self._stats(model, wanted, context)
         for node, name in zip(observers, wanted, strict=True):
@@ -60,7 +58,7 @@ class Calibrate(Pass):
             assert value is not None
             set_stats(value, stats[name])
             if not stats[name].count:
-                context.remark("warning", self.name, name, "", "calibration data never reached it")
+                context.remark("warning", self.name, name, "", UNREACHED)
             redirect(node.outputs[0], value)
             model.graph.remove(node, safe=True)
         undeclare_unused(model)

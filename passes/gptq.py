@@ -10,9 +10,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.calibration.data import UNREACHED, calibration_feeds, not_finite
 from qgraph.calibration.resume import Resumable
 from qgraph.calibration.walk import Walk
-from qgraph.errors import CalibrationError, QGraphError
+from qgraph.errors import QGraphError
 from qgraph.graph.annotation import (
     Stage,
     annotated,
@@ -88,9 +89,7 @@ class GPTQ(Pass):
         groups = self._groups(model, context)
         if not groups:
             return False
-        feeds = list(context.calibration or ())
-        if not feeds:
-            raise CalibrationError("this needs calibration data: give some typical inputs")
+        feeds = calibration_feeds(context)
         resumable = Resumable.of(self, model, feeds, context)
         stops = [str(x.name) for x in groups]
         walks = Walk(model.clone(), stops, feeds), Walk(model, stops, feeds)
@@ -152,7 +151,7 @@ class GPTQ(Pass):
 
     def _report(self, site: Site, rounded: Rounded | None, context: Context) -> None:
         if rounded is None:
-            message = "rounded to nearest: calibration data never reached it"
+            message = f"rounded to nearest: {UNREACHED}"
             self.remark(context, site, "declined", message)
             return
         numbers = {"noise": rounded.noise, "nearest": rounded.nearest}
@@ -177,10 +176,7 @@ def _gram_matrices(
     meant, seen = (walk.advance() for walk in walks)
     gram, cross = gram_matrices(meant, seen, masks)
     if not np.isfinite([gram, cross]).all():
-        raise CalibrationError(
-            f"'{walks[0].pieces[step].stop.name}' becomes NaN or infinite on the calibration data: "
-            "check the data, and that the float model is sound on it"
-        )
+        raise not_finite(f"'{walks[0].pieces[step].stop.name}'")
     return gram, cross
 
 

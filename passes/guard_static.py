@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.calibration.data import UNREACHED
 from qgraph.graph.annotation import (
     Stage,
     annotated,
@@ -26,8 +27,6 @@ from qgraph.numerics.spec import PER_TOKEN, PerTensor, QuantSpec, describe
 from qgraph.numerics.stats import Stats, find_range, token_sqnr_db
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
-
-_UNREACHED = "calibration data never reached it"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class GuardStatic(Pass):
         dynamic = spec.dynamic
         if not dynamic and not stats.count:
             retract(site)
-            self.remark(context, site, "float", _UNREACHED)
+            self.remark(context, site, "float", UNREACHED)
             return True
         if stats.token_power is None:
             return False
@@ -102,7 +101,7 @@ class GuardStatic(Pass):
     def _guard_glue(self, node: ir.Node, context: Context) -> bool:
         quantized = [v for i, v in enumerate(node.inputs) if v and use_spec(node, i) is not None]
         stats = [stats_of(value) or Stats() for value in quantized]
-        why, numbers = f"kept float: {_UNREACHED}", {}
+        why, numbers = f"kept float: {UNREACHED}", {}
         if all(s.count for s in stats):
             spans = [span for s in stats if (span := max(-s.low, s.high)) > 0]  # any scale holds 0
             ratio = max(spans, default=1.0) / min(spans, default=1.0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import onnx_ir as ir
 
 from qgraph.backends import get_target
+from qgraph.calibration.data import NEEDED_OR_DYNAMIC
 from qgraph.compiled import CompiledModel
 from qgraph.errors import ModelError, QGraphError, check_counts
 from qgraph.graph.annotation import copied, stages_of
@@ -89,10 +90,7 @@ def compile(
         chosen, source = _rest(trained, recipe, parameters), trained.source
     feeds = None if calibration is None else open_calibration(calibration, source, samples=samples)
     if chosen.calibrates and feeds is None:
-        raise QGraphError(
-            f"recipe '{chosen.name}' needs calibration data: give some typical inputs "
-            "(calibration=..., or -c on the command line), or use the recipe 'dynamic'"
-        )
+        raise QGraphError(f"recipe '{chosen.name}' {NEEDED_OR_DYNAMIC}")
     context = Context(
         target=aim,
         calibration=feeds,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qgraph.calibration.data import calibration_feeds
 from qgraph.calibration.walk import Walk
-from qgraph.errors import CalibrationError
 from qgraph.io.feeds import Feed
 from qgraph.pipeline.context import Context
 
 Rows = NDArray[np.float32]
 FEEDS = 4
-"""Calibration feeds that are run. More of them moved results no further than chance does."""
+"""So many calibration feeds are run. With more, results changed no more than by chance."""
 
 
 def captured(
@@ -52,10 +51,7 @@ def first_feeds(context: Context) -> list[Feed]:
     Raises:
         CalibrationError: there is no calibration data.
     """
-    feeds = list(islice(context.calibration or (), FEEDS))
-    if not feeds:
-        raise CalibrationError("this needs calibration data: give some typical inputs")
-    return feeds
+    return calibration_feeds(context, FEEDS)
 
 
 def _picked(data: NDArray[np.floating], rows: int) -> Rows:

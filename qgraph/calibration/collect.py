@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.calibration.data import not_finite
 from qgraph.errors import CalibrationError
 from qgraph.graph.annotation import forget
 from qgraph.graph.builder import Builder
@@ -168,10 +169,7 @@ def _fold(
         if "size" in parts:
             new = Stats(int(parts["size"]), float(parts["low"]), float(parts["high"]))
             if not np.isfinite([new.low, new.high]).all() or np.isnan(parts["sum"]):
-                raise CalibrationError(
-                    f"'{value}' becomes NaN or infinite on the calibration data: "
-                    "check the data, and that the float model is sound on it"
-                )
+                raise not_finite(f"'{value}'")
             if "power" in parts:
                 new = replace(new, token_power=BitHistogram.of(parts["power"]))
             if "mean" in parts:

@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qgraph.calibration.data import UNREACHED, calibration_feeds, not_finite
 from qgraph.calibration.resume import Resumable, Work
 from qgraph.calibration.walk import Walk
-from qgraph.errors import CalibrationError, ModelError
+from qgraph.errors import ModelError
 from qgraph.graph.annotation import annotated, annotated_weight_spec
 from qgraph.graph.cuts import Piece
 from qgraph.graph.editing import remove_dead
@@ -91,9 +92,7 @@ def reconstruct(
     Raises:
         CalibrationError: there is no calibration data, or it is not finite.
     """
-    feeds = list(context.calibration or ())
-    if not feeds:
-        raise CalibrationError("this needs calibration data: give some typical inputs")
+    feeds = calibration_feeds(context)
     resumable = Resumable.of(method, model, feeds, context)
     stops = [str(value.name) for value in cuts]
     float_walk, walk = Walk(model.clone(), stops, feeds), Walk(model, stops, feeds)
@@ -216,13 +215,9 @@ def _learned(
     method: Method,
 ) -> _Outcome:
     if not block.finite:
-        raise CalibrationError(
-            f"'{sites[0].x.name}', or what follows, becomes NaN or infinite on the calibration "
-            "data: check the data, and that the float model is sound on it"
-        )
+        raise not_finite(f"'{sites[0].x.name}', or what follows,")
     if not block.reached:
-        why = "calibration data never reached it"
-        return _Outcome(nearest, "declined", f"rounded to nearest: {why}")
+        return _Outcome(nearest, "declined", f"rounded to nearest: {UNREACHED}")
     weights = []
     for site, weight in zip(sites, nearest, strict=True):
         w = array(site.weight)
