@@ -35,36 +35,43 @@ from qgraph.pipeline.pass_manager import Pass
 
 
 def all_passes() -> dict[str, type[Pass]]:
-    """The passes that come with qgraph, by the name that pipelines use."""
-    return {step.name: step for step in ALL}
+    """The passes that come with qgraph, by the name that pipelines use, sorted by it."""
+    return {step.name: step for step in sorted(ALL, key=lambda step: step.name)}
 
 
 ALL: tuple[type[Pass], ...] = (
-    AdaRound,
+    # float: a graph of floats becomes one of few kinds of operators
+    Canonicalize,
+    ConvertOpset,
+    FoldConstants,
+    Fuse,
+    FoldBatchNorm,
+    Equalize,
+    LoadCheckpoint,
+    # annotated: what is to be quantized, and how, is said beside the graph
     Annotate,
+    InsertObservers,
+    # calibrated: statistics of the data are known, and say where the annotations go too far
+    Calibrate,
+    GuardStatic,
+    # transformed: weights and data are changed, or rounded, so that less is lost
+    AdaRound,
     AutoRound,
     AWQ,
     BalanceTables,
     BiasCorrection,
-    Calibrate,
-    Canonicalize,
     ClipWeights,
-    ConvertOpset,
     Distill,
-    Equalize,
-    FoldBatchNorm,
-    FoldConstants,
-    FoldQDQ,
-    Fuse,
     GPTQ,
-    GuardStatic,
     HQQ,
-    InsertObservers,
-    InsertQDQ,
-    LoadCheckpoint,
-    Lower,
     Smooth,
     SplitOutliers,
+    # committed: integers and QuantizeLinear, DequantizeLinear stand in the graph
+    InsertQDQ,
+    FoldQDQ,
+    # lowered: the target has its own operators
     UseBnb4,
+    Lower,
 )
-"""Every pass of qgraph, in alphabetical order. Add yours here: pipelines find it by its `name`."""
+"""Every pass of qgraph, by the stage that it leads to. Add yours here: pipelines find it by its
+`name`."""
