@@ -274,7 +274,7 @@ def _is_mean(verdict: Verdict) -> bool:
 
 
 def _tell_what_is_slow(context: Context) -> None:
-    """Warn of products that win where they count most, and lose elsewhere."""
+    """Warn of products that are faster than float for single tokens, but slower for prompts."""
     slow = [
         r.numbers["slowest"] for r in context.remarks.verdicts().values() if "slowest" in r.numbers
     ]

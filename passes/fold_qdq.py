@@ -147,7 +147,9 @@ def same_parameters(a: ir.Node, b: ir.Node) -> bool:
     """Whether two Q/DQ nodes have equal constant scales and zero points, and one scale each."""
     for index in (1, 2):
         left, right = (n.inputs[index] if index < len(n.inputs) else None for n in (a, b))
-        if left is None or right is None:  # then Q makes uint8 of whatever DQ took
+        if (
+            left is None or right is None
+        ):  # without a zero point, Q writes uint8, whatever type DQ read
             return False
         if left is right:
             continue

@@ -41,12 +41,13 @@ MARGIN = 1.02
 """A quantized operator must beat float by this much: below it, noise decides."""
 
 FINER = 6
-"""Blocks of so many bits, and no more, are rounded to int8 columns without losing much."""
+"""Blocks of at most so many bits can be rounded again to int8 columns at little loss."""
 PAIRED = 64
-"""The largest integer of such columns where products with u8 are added in pairs in int16."""
+"""The largest integer in these columns on CPUs that add two products with u8 in an int16."""
 
 CHAIN = 3
-"""Convolutions in a row, which tell the time of one from that of the conversions around it."""
+"""So many convolutions in a row are measured, to tell their time from that of the conversions
+before the first and after the last."""
 
 SHIPPED: dict[str, dict[int, float]] = {
     "blocks-2": {1: 5.9, 128: 0.8},

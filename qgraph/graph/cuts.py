@@ -13,9 +13,9 @@ from qgraph.graph.reading import is_op
 from qgraph.graph.sites import Site, bias_use, only_user
 
 LARGEST = 12
-"""Sites of a block, where the graph is narrow enough for smaller ones."""
+"""More sites than this are in a block only if the graph has no place to cut it smaller."""
 WIDEST = 4
-"""So many values may leave a block, where a graph is never narrower."""
+"""At most so many values leave a block, in graphs that have no narrower place."""
 _FOLLOWING = ACTIVATIONS - {
     "Celu", "Erf", "Mish", "PRelu", "Selu", "Softplus", "Softsign", "Swish", "ThresholdedRelu",
 }  # fmt: skip
@@ -49,9 +49,9 @@ def narrow_points(model: ir.Model, sites: Sequence[Site]) -> list[ir.Value]:
         x ─┬─ q, k, v ── attention ── o ── Add ── cut ─┬─ up ── Gelu ── down ── Add ── cut
            └────────────────────────────────┘          └────────────────────────┘
 
-    No two cuts have no site between them. What neither comes from sites nor is their data, like
-    masks, does not count. A graph that is never narrow, as two values run through
-    all of it, is cut where there are two.
+    Between two cuts there is always a site. Only values that sites compute or read count: masks do
+    not. Where two values run through the whole graph, no place has only one, and the graph is cut
+    where there are two.
     """
     found: list[ir.Value] = []
     for width in range(1, WIDEST + 1):

@@ -92,7 +92,7 @@ def scope(node: ir.Node) -> ir.Graph:
 
 
 def node_name(node: ir.Node) -> str:
-    """How remarks call a node. Unique after canonicalization; traced nodes bear their layer."""
+    """What remarks call a node. Unique after canonicalization; traced nodes are named by layer."""
     return node.name or (node.outputs[0].name if node.outputs else "") or node.op_type
 
 
