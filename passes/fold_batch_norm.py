@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
-from qgraph.graph.reading import array, attribute, dims, is_op, node_name
+from qgraph.graph.reading import array, attribute, dims, is_op, node_name, scope
 from qgraph.graph.sites import Site, site_of
 from qgraph.numerics.reference import along
 from qgraph.pipeline.context import Context
@@ -121,9 +121,7 @@ class FoldBatchNorm(Pass):
         redirect(follower.outputs[0], last.outputs[0])
         last.outputs[0].type = follower.outputs[0].type
         last.outputs[0].shape = follower.outputs[0].shape
-        graph = follower.graph
-        assert graph is not None
-        graph.remove(follower, safe=True)
+        scope(follower).remove(follower, safe=True)
 
 
 def batch_norm_affine(

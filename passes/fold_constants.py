@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.editing import _replace, lift_constant
+from qgraph.graph.editing import lift_constant, replace_by_constants
 from qgraph.graph.names import fresh_name, unique_names
 from qgraph.graph.ops import QUANTIZERS, RANDOM
 from qgraph.graph.reading import attribute, constant, is_op
@@ -72,7 +72,7 @@ class FoldConstants(Pass):
             for node in model.graph.all_nodes():
                 tensors = _shape(node) or self._fold(model, node, context)
                 if tensors is not None:
-                    _replace(model, node, tensors)
+                    replace_by_constants(model, node, tensors)
                     folded += 1
             inlined += sum(_inline_if(model, node) for node in _ifs(model))
             if folded + inlined == before:

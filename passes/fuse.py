@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
-from qgraph.graph.reading import array, dims, is_op, node_name
+from qgraph.graph.reading import array, dims, is_op, node_name, scope
 from qgraph.graph.types import infer_types
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -123,9 +123,7 @@ class Fuse(Pass):
         context.remark("applied", self.name, node_name(last), last.op_type, message)
         new.outputs[0].type, new.outputs[0].shape = last.outputs[0].type, last.outputs[0].shape
         redirect(last.outputs[0], new.outputs[0])
-        graph = last.graph
-        assert graph is not None
-        graph.remove(last, safe=True)
+        scope(last).remove(last, safe=True)
 
 
 def _with_constant(node: ir.Node | None) -> tuple[ir.Value, np.ndarray] | None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.annotation import Stage
-from qgraph.graph.editing import insert, redirect, remove_dead, shared_constant
+from qgraph.graph.editing import insert, remove_dead, replace, shared_constant
 from qgraph.graph.functions import undeclare_unused
 from qgraph.graph.reading import MICROSOFT, array, attribute, dims, is_op, node_name, nodes
 from qgraph.numerics.codebooks import LEVELS
@@ -108,12 +108,7 @@ def _replace(model: ir.Model, node: ir.Node, call: ir.Node) -> None:
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         made.outputs[0].type, made.outputs[0].shape = y.type, y.shape
         made = insert(model, node, "Add", [*made.outputs, node.inputs[2]], base=f"{y.name}_Add")
-    made.outputs[0].type, made.outputs[0].shape = y.type, y.shape
-    redirect(y, made.outputs[0])
-    made.name = node.name
-    graph = node.graph
-    assert graph is not None
-    graph.remove(node, safe=True)
+    replace(node, made.outputs[0])
 
 
 def _flat(model: ir.Model, call: ir.Node) -> ir.Value:

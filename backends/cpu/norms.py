@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph.graph.editing import insert, redirect
+from qgraph.graph.editing import insert, redirect, replace
 from qgraph.graph.reading import MICROSOFT, constant, is_op, nodes
 from qgraph.graph.sites import only_user
 
@@ -27,7 +27,7 @@ def part_norms(model: ir.Model) -> bool:
             continue
         terms = [term for value in total.inputs for term in _terms(value)]
         joined = insert(model, total, "Sum", terms, base=f"{total.outputs[0].name}_sum")
-        _replace(total, joined)
+        replace(total, joined.outputs[0])
         changed = True
     return changed
 
@@ -69,15 +69,6 @@ def part_rms_norms(model: ir.Model) -> bool:
         )  # fmt: skip
         if len(node.outputs) > 3:
             redirect(node.outputs[3], total.outputs[0])
-        _replace(node, norm)
+        replace(node, norm.outputs[0])
         changed = True
     return changed
-
-
-def _replace(old: ir.Node, new: ir.Node) -> None:
-    new.outputs[0].type, new.outputs[0].shape = old.outputs[0].type, old.outputs[0].shape
-    redirect(old.outputs[0], new.outputs[0])
-    new.name = old.name
-    graph = old.graph
-    assert graph is not None
-    graph.remove(old, safe=True)

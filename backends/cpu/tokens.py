@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.graph.editing import insert, redirect, shared_constant
 from qgraph.graph.functions import QUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import MICROSOFT, array, dims, is_op, nodes, opset
+from qgraph.graph.reading import MICROSOFT, array, dims, is_op, nodes, opset, scope
 from qgraph.graph.sites import only_user
 from qgraph.numerics.reference import SMALLEST_SCALE
 
@@ -113,9 +113,7 @@ def _lower(model: ir.Model, node: ir.Node, known: dict[tuple[object, ...], ir.Va
     q.outputs[0].type, q.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), x.shape
     redirect(node.outputs[0], q.outputs[0])
     redirect(node.outputs[1], largest.outputs[0])
-    graph = node.graph
-    assert graph is not None
-    graph.remove(node, safe=True)
+    scope(node).remove(node, safe=True)
 
 
 def _zero_points(

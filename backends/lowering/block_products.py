@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.backends.lowering.match import INT8_COMPUTE, blocks_of, fewest_bits, gemm_bias
-from qgraph.graph.editing import insert, redirect, shared_constant
+from qgraph.graph.editing import insert, replace, shared_constant
 from qgraph.graph.functions import ROUND_IN_BLOCKS, is_call
 from qgraph.graph.reading import MICROSOFT, array, attribute, is_op, nodes
 from qgraph.numerics.packing import pack
@@ -142,11 +142,7 @@ def multiply_in_blocks(
     if bias is not None:
         _typed(made, node)
         made = insert(model, node, "Add", [*made.outputs, bias], base=f"{base}_Add")
-    redirect(node.outputs[0], _typed(made, node))
-    made.name = node.name
-    graph = node.graph
-    assert graph is not None
-    graph.remove(node, safe=True)
+    replace(node, made.outputs[0])
 
 
 def _typed(node: ir.Node, like: ir.Node) -> ir.Value:

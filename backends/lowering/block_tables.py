@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qgraph.backends.lowering.match import blocks_of, fewest_bits
 from qgraph.backends.lowering.tables import turn_of
 from qgraph.graph.editing import add_constant, insert, redirect, shared_constant
-from qgraph.graph.reading import MICROSOFT, array, attribute, constant, is_op, nodes
+from qgraph.graph.reading import MICROSOFT, array, attribute, constant, is_op, nodes, scope
 from qgraph.numerics.packing import pack
 
 
@@ -100,9 +100,7 @@ def _lower(model: ir.Model, node: ir.Node, table: _Table) -> None:
     y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), table.result.shape
     redirect(table.result, y)
     made.name = node.name
-    graph = node.graph
-    assert graph is not None
-    graph.remove(table.done, safe=True)
+    scope(node).remove(table.done, safe=True)
 
 
 def _bytes(model: ir.Model, node: ir.Node, name: str, packed: np.ndarray) -> ir.Value:

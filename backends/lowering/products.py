@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from qgraph.backends.lowering.match import dynamic_data, gemm_bias, symmetric_scale
 from qgraph.graph.builder import Builder
-from qgraph.graph.editing import add_constant, insert, redirect
+from qgraph.graph.editing import add_constant, insert, replace
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import MICROSOFT, array, attribute, constant, dims, is_op, nodes, scope
+from qgraph.graph.reading import MICROSOFT, array, attribute, constant, dims, is_op, nodes
 
 Dialect = Literal["onnxruntime", "standard"]
 
@@ -103,9 +103,7 @@ def _lower_product(model: ir.Model, product: _DynamicProduct, dialect: Dialect) 
         y = graph.op("Mul", y, product.data.inputs[1], shape=shape)
     if bias is not None:
         y = graph.op("Add", y, bias, shape=shape)
-    redirect(node.outputs[0], y)
-    y.producer().name = node.name  # type: ignore[union-attr]
-    scope(node).remove(node, safe=True)
+    replace(node, y)
 
 
 def _weight(model: ir.Model, product: _DynamicProduct) -> tuple[ir.Value, ir.Value]:

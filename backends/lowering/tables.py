@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qgraph.backends.lowering.match import stored, symmetric_scale
 from qgraph.graph.editing import add_constant, insert, redirect
-from qgraph.graph.reading import array, attribute, dims, is_op, nodes
+from qgraph.graph.reading import array, attribute, dims, is_op, nodes, scope
 from qgraph.graph.sites import only_user
 
 
@@ -97,6 +97,4 @@ def _lower_table(
     y.outputs[0].shape = result.shape
     redirect(result, y.outputs[0])
     y.name = node.name
-    graph = node.graph
-    assert graph is not None
-    graph.remove([node] if turn is None else [turn, node], safe=True)
+    scope(node).remove([node] if turn is None else [turn, node], safe=True)

@@ -151,6 +151,19 @@ def redirect(old: ir.Value, new: ir.Value, *, keep: Sequence[ir.Node] = ()) -> N
             new.type = old.type
 
 
+def replace(old: ir.Node, new: ir.Value) -> None:
+    """Put what computes `new` in the place of a node with one result.
+
+    `new` takes the type, the shape and the readers of that result, its node the name of `old`.
+    """
+    result, node = old.outputs[0], new.producer()
+    assert node is not None
+    new.type, new.shape = result.type, result.shape
+    redirect(result, new)
+    node.name = old.name
+    scope(old).remove(old, safe=True)
+
+
 def remove_dead(model: ir.Model) -> bool:
     """Remove nodes and initializers that nothing uses. Returns whether anything was removed."""
     from onnx_ir.passes import common
@@ -166,11 +179,13 @@ def lift_constant(model: ir.Model, node: ir.Node) -> bool:
         return False
     tensor = ir.convenience.get_const_tensor(node.outputs[0])
     assert tensor is not None
-    _replace(model, node, [tensor])
+    replace_by_constants(model, node, [tensor])
     return True
 
 
-def _replace(model: ir.Model, node: ir.Node, tensors: Sequence[ir.TensorProtocol]) -> None:
+def replace_by_constants(
+    model: ir.Model, node: ir.Node, tensors: Sequence[ir.TensorProtocol]
+) -> None:
     """Put initializers in the place of `node`'s outputs."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
