@@ -17,6 +17,7 @@ from qgraph.graph.reading import array, attribute, dims, release
 from qgraph.graph.sites import Site, bias_use, by_input_channel, site_of
 from qgraph.io.kv_cache import complete_feed
 from qgraph.io.session import open_session, run
+from qgraph.numerics.noise import decibels, relative_energy
 from qgraph.numerics.spec import PerAxis, PerTensor, QuantSpec
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.pipeline.context import Context
@@ -89,10 +90,10 @@ class BiasCorrection(Pass):
         for model in (plain.clone(deep_copy=True), corrected):
             InsertQDQ().run(model, context)
             found = _outputs(model, feeds)
-            noise.append(sum(map(_distance, wanted, found)))
+            noise.append(sum(map(relative_energy, wanted, found)))
         if not all(np.isfinite(noise)) or 0.0 in noise:
             return None
-        return 10 * float(np.log10(noise[0] / noise[1]))
+        return decibels(noise[0], noise[1])
 
     def _correct_all(self, model: ir.Model, context: Context) -> bool:
         changed = False
@@ -138,12 +139,6 @@ def _outputs(model: ir.Model, feeds: list[dict[str, np.ndarray]]) -> list[np.nda
     """All floating-point outputs, feed after feed."""
     session = open_session(model, arena=False)
     return [y for feed in feeds for y in run(session, feed) if getattr(y, "dtype", None) == "f4"]
-
-
-def _distance(wanted: np.ndarray, found: np.ndarray) -> float:
-    """Squared error relative to the energy of `wanted`."""
-    energy = float(np.square(wanted, dtype=np.float64).sum())
-    return float(np.square(wanted.astype(np.float64) - found).sum()) / max(energy, 1e-30)
 
 
 def _unfit(site: Site, spec: QuantSpec) -> str | None:

@@ -24,15 +24,13 @@ from qgraph.graph.annotation import (
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.reading import array, release
 from qgraph.graph.sites import Site, site_of
+from qgraph.io.feeds import MASK
 from qgraph.numerics.quantized import Arrays, Quantized, from_arrays, to_arrays
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 from qgraph.weights.gptq import Matrix, Rounded, gram_matrices, problem, round_weight
 from qgraph.weights.search import unroundable
 from qgraph.weights.site_weight import quantize_site, replace_weight
-
-MASK = "attention_mask"
-"""The input that tells tokens from padding, if a model has one."""
 
 
 @dataclass(frozen=True)

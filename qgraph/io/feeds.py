@@ -19,6 +19,8 @@ from qgraph.io.state_shapes import free_axes
 
 Feed = Mapping[str, np.ndarray]
 """One run's inputs by name."""
+MASK = "attention_mask"
+"""The input that tells tokens from padding, where a model has one."""
 _CASTS = {
     ("int32", "int64"),
     ("int64", "int32"),

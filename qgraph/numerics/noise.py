@@ -8,14 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def decibels(signal: float, noise: float) -> float:
+    """10·log10(signal / noise) of two powers; inf without noise, else -inf without a signal."""
+    if noise <= 0:
+        return float("inf")
+    return 10 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
 def sqnr_db(reference: NDArray[np.generic], other: NDArray[np.generic]) -> float:
     """Signal-to-quantization-noise ratio, 10·log10(Σ ref² / Σ (ref - other)²) dB; inf if equal."""
     ref = np.asarray(reference, np.float64)
     noise = float(np.square(ref - np.asarray(other, np.float64)).sum())
     signal = float(np.square(ref).sum())
-    if noise == 0.0:
-        return float("inf")
-    return 10 * float(np.log10(signal / noise)) if signal else float("-inf")
+    return decibels(signal, noise)
 
 
 def unit_power(x: NDArray[Any]) -> NDArray[Any]:
@@ -43,6 +48,12 @@ def relative_noise(reference: NDArray[Any], other: NDArray[Any]) -> float:
     if not alive.any():
         return 0.0
     return float(np.sqrt(noise.sum() / signal.sum() * (noise[alive] / signal[alive]).mean()))
+
+
+def relative_energy(reference: NDArray[Any], other: NDArray[Any]) -> float:
+    """Energy of the difference over that of the reference, summed in float64."""
+    energy = float(np.square(reference, dtype=np.float64).sum())
+    return float(np.square(reference.astype(np.float64) - other).sum()) / max(energy, 1e-30)
 
 
 def relative_error(reference: np.ndarray, other: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from qgraph.errors import CalibrationError
 from qgraph.numerics.histogram import BitHistogram, Double, quantile
+from qgraph.numerics.noise import decibels
 from qgraph.numerics.ranges import entropy_range, mse_range, percentile_range
 from qgraph.numerics.spec import QuantSpec
 
@@ -235,10 +236,4 @@ def token_sqnr_db(stats: Stats, scale: float) -> float:
     alive = centers > 0
     if not alive.any():
         return float("-inf")
-    return _db(quantile(centers[alive], counts[alive], 0.5), scale**2 / 12)
-
-
-def _db(signal: float, noise: float) -> float:
-    if noise <= 0:
-        return float("inf")
-    return 10 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+    return decibels(quantile(centers[alive], counts[alive], 0.5), scale**2 / 12)

@@ -20,6 +20,7 @@ from qgraph.io.feeds import Feed
 from qgraph.io.kv_cache import complete_feed
 from qgraph.io.models import load
 from qgraph.io.session import OpenSession, open_session, run
+from qgraph.numerics.noise import decibels
 from qgraph.pipeline.progress import Progress, silent
 
 _Outputs = dict[str, np.ndarray]
@@ -149,9 +150,7 @@ def _result(
     ratios = np.array(reference) / np.array(seconds)
     low, middle, high = (float(q) for q in np.percentile(ratios, [25, 50, 75]))
     signal, error = noise
-    sqnr = float("nan") if signal == 0 else float("inf")
-    if signal != 0 and error != 0:
-        sqnr = 10 * float(np.log10(signal / error))
+    sqnr = decibels(signal, error) if signal != 0 else float("nan")
     return Result(name, middle, low, high, sqnr, 1e3 * float(np.median(seconds)))
 
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qgraph.errors import ModelError
+from qgraph.io.feeds import MASK
 
 if TYPE_CHECKING:
     import torch
 
 PAST = "past_key_values"
-MASK = "attention_mask"
 _PARTS = ("key", "value")
 EXAMPLE = 5
 """Tokens in the example of a past: neither 0 nor 1, which torch.export takes for constants."""

@@ -20,7 +20,7 @@ from qgraph.graph.editing import remove_dead
 from qgraph.graph.ops import FLOATS
 from qgraph.graph.reading import array, release
 from qgraph.graph.sites import Site, nested, site_of
-from qgraph.io.feeds import Feed
+from qgraph.io.feeds import MASK, Feed
 from qgraph.numerics.quantized import Arrays, Quantized, from_arrays, to_arrays
 from qgraph.numerics.spec import QuantSpec
 from qgraph.pipeline.context import Context
@@ -29,9 +29,6 @@ from qgraph.torch.block import Block
 from qgraph.torch.to_module import raise_model
 from qgraph.weights.search import fixed_scales, unroundable
 from qgraph.weights.site_weight import quantize_site, replace_weight
-
-MASK = "attention_mask"
-"""The input that tells tokens from padding, if a model has one."""
 
 
 class Method(Work, Protocol):
