@@ -21,7 +21,7 @@ from qgraph.graph.sites import Site, site_of
 from qgraph.io.checkpoints.checkpoint import Checkpoint
 from qgraph.io.checkpoints.names import aligned, parts_of
 from qgraph.io.checkpoints.packed_layers import Layer, joined
-from qgraph.io.checkpoints.resemblance import SHIFTED, UNLIKE, _near, _tied, _unlike, fitted
+from qgraph.io.checkpoints.resemblance import SHIFTED, UNLIKE, distance, near, tied, unlike
 from qgraph.numerics.reference import Float
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -217,12 +217,10 @@ class _Loading:
         start = 0
         for part, layer in zip(parts, layers, strict=True):
             loaded = layer.float() if layer else _matrix(self.checkpoint, part)
-            rest = loaded - fitted(given[:, start : start + loaded.shape[1]], loaded)
+            apart, rest = distance(given[:, start : start + loaded.shape[1]], loaded)
             start += loaded.shape[1]
-            size = float(np.linalg.norm(loaded))
-            apart = float(np.linalg.norm(rest)) / size if size else 0.0
             if not apart < UNLIKE:  # nor NaN
-                raise _unlike(part, site, apart)
+                raise unlike(part, site, apart)
             if layer is None or layer.table is not None:
                 continue
             steps = layer.quantized(1)[1].steps()
@@ -264,8 +262,8 @@ class _Loading:
         if found != tuple(dims(site.weight)):
             raise _misfit(part, found, site, tuple(d or 0 for d in dims(site.weight)))
         make = partial(self.checkpoint.tensor, name)
-        if self.check and not _near(make(), array(site.weight)):
-            raise _unlike(part, site)
+        if self.check and not near(make(), array(site.weight)):
+            raise unlike(part, site)
         release(site.weight)
         self.tables.append((site.weight, part))
         value = self._constant(f"{site.weight.name}_loaded", make, site.weight)
@@ -275,7 +273,7 @@ class _Loading:
     def _tie(self, site: Site) -> None:
         """Give a product without a module the table that it shared its weight with, if it did."""
         for table, part in self.tables:
-            if site.kn == tuple(dims(table))[::-1] and _tied(table, site):
+            if site.kn == tuple(dims(table))[::-1] and tied(table, site):
                 self._product(site, [part], check=False)
                 return
         if not self.check:
@@ -354,7 +352,7 @@ class _Loading:
         votes = 0
         for found, node, index in self.norms if self.check else ():
             old = array(node.inputs[index])
-            votes += _near(found + 1, old) - _near(found, old)
+            votes += near(found + 1, old) - near(found, old)
         for found, node, index in self.norms:
             self._place_vector(found + 1 if votes > 0 else found, node, index)
 

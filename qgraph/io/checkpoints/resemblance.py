@@ -22,7 +22,7 @@ SAME = 0.02
 """Relative distance at which tensors that are not quantized are the same but for rounding."""
 
 
-def _near(found: NDArray[Any], old: NDArray[Any] | None) -> bool:
+def near(found: NDArray[Any], old: NDArray[Any] | None) -> bool:
     """Whether they are the same but for rounding."""
     assert old is not None
     size = np.linalg.norm(old.astype(np.float32))
@@ -30,17 +30,19 @@ def _near(found: NDArray[Any], old: NDArray[Any] | None) -> bool:
     return bool(np.linalg.norm(rest) <= SAME * size)
 
 
-def _tied(table: ir.Value, site: Site) -> bool:
+def tied(table: ir.Value, site: Site) -> bool:
+    """Whether the rows of a lookup table are the columns of the site's weight."""
     rows, w = array(table), array(site.weight)
     assert rows is not None
     assert w is not None
     return np.array_equal(rows, w if site.axis == 0 else w.T)
 
 
-def _unlike(part: str, site: Site, apart: float | None = None) -> ModelError:
-    distance = "" if apart is None else f" (distance {apart:.2f})"
+def unlike(part: str, site: Site, apart: float | None = None) -> ModelError:
+    """The error for a layer of the checkpoint that is not the one which the graph has there."""
+    measured = "" if apart is None else f" (distance {apart:.2f})"
     return ModelError(
-        f"layer '{part}' of the checkpoint does not resemble '{site.name}' of the graph{distance}: "
+        f"layer '{part}' of the checkpoint does not resemble '{site.name}' of the graph{measured}: "
         "give its float model, or check=false if the weights of the graph are random"
     )
 
@@ -57,3 +59,17 @@ def fitted(given: Float, wanted: Float) -> Float:
         product = (given * wanted).sum(axis=axis, keepdims=True)
         given = given * (product / np.where(power > 0, power, 1))
     return given
+
+
+def distance(given: Float, loaded: Float) -> tuple[float, Float]:
+    """How far a loaded weight is from the graph's, factors of rows and columns apart.
+
+    Args:
+        given, loaded: (K, N).
+
+    Returns:
+        the norm of their difference relative to that of `loaded`, and the difference, (K, N).
+    """
+    rest = loaded - fitted(given, loaded)
+    size = float(np.linalg.norm(loaded))
+    return (float(np.linalg.norm(rest)) / size if size else 0.0), rest
