@@ -32,7 +32,7 @@ from qgraph.graph.functions import (
     grid_values,
 )
 from qgraph.graph.ops import MOVES, lowest_value
-from qgraph.graph.reading import array, constant, is_op, release
+from qgraph.graph.reading import array, constant, is_op, producer, release
 from qgraph.graph.sites import Site, only_user, output_value, site_of
 from qgraph.numerics.reference import quantize_bias
 from qgraph.numerics.spec import FLOAT8, NUMPY, PerBlock, PerToken, QuantSpec
@@ -336,7 +336,7 @@ _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 def _moves_clamped(q: ir.Node) -> bool:
     """Whether `q` gets back integers that were clamped, moved as floats of the same scale."""
-    move = q.inputs[0].producer() if q.inputs[0] is not None else None
+    move = producer(q, 0)
     if move is None or not is_op(move, *MOVES) or move.inputs[0] is None:
         return False
     dq = move.inputs[0].producer()

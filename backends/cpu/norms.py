@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qgraph.graph.editing import insert, redirect, replace
-from qgraph.graph.reading import MICROSOFT, constant, is_op, nodes
+from qgraph.graph.reading import MICROSOFT, constant, is_op, nodes, producer
 from qgraph.graph.sites import only_user
 
 
@@ -20,7 +20,7 @@ def part_norms(model: ir.Model) -> bool:
     """
     changed = False
     for node in nodes(model):
-        total = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        total = producer(node, 0)
         if not is_op(node, "LayerNormalization") or total is None or not is_op(total, "Add"):
             continue
         if any(value is None or value.dtype != ir.DataType.FLOAT for value in total.inputs):

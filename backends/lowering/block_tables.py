@@ -10,7 +10,16 @@ import onnx_ir as ir
 from qgraph.backends.lowering.match import blocks_of, fewest_bits
 from qgraph.backends.lowering.tables import turn_of
 from qgraph.graph.editing import add_constant, insert, redirect, shared_constant
-from qgraph.graph.reading import MICROSOFT, array, attribute, constant, is_op, nodes, scope
+from qgraph.graph.reading import (
+    MICROSOFT,
+    array,
+    attribute,
+    constant,
+    is_op,
+    nodes,
+    producer,
+    scope,
+)
 from qgraph.numerics.packing import pack
 
 
@@ -60,7 +69,7 @@ class _Table:
 
 
 def _table(node: ir.Node) -> _Table | None:
-    dq = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    dq = producer(node, 0)
     if not is_op(node, "Gather") or dq is None or not is_op(dq, "DequantizeLinear"):
         return None
     blocks, q = blocks_of(dq), array(dq.inputs[0])

@@ -11,7 +11,7 @@ from qgraph.backends.lowering.block_products import multiply_in_blocks
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import shared_constant
 from qgraph.graph.functions import ROUND_IN_BLOCKS, is_call
-from qgraph.graph.reading import array, attribute, dims, is_op, nodes
+from qgraph.graph.reading import array, attribute, dims, is_op, nodes, producer
 from qgraph.numerics.codebooks import STEPS
 from qgraph.weights.formats.codebook import codebook_call
 
@@ -69,7 +69,7 @@ class _CodebookProduct:
 def _match(node: ir.Node) -> _CodebookProduct | None:
     if not is_op(node, "MatMul", "Gemm") or attribute(node, "transA", 0):
         return None
-    rounded = node.inputs[0].producer() if node.inputs[0] is not None else None
+    rounded = producer(node, 0)
     trans_b = bool(attribute(node, "transB", 0))
     call = codebook_call(node.inputs[1], turned=not trans_b)
     if rounded is None or call is None or not is_call(rounded, ROUND_IN_BLOCKS):

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.graph.editing import add_constant, insert
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import array, attribute, dims, is_op
+from qgraph.graph.reading import array, attribute, dims, is_op, producer
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def blocks_of(dq: ir.Node) -> Blocks | None:
 
 def dynamic_data(node: ir.Node) -> ir.Node | None:
     """The node that dequantizes the data of a product, if its scales are found at run time."""
-    data = node.inputs[0].producer() if node.inputs[0] is not None else None
+    data = producer(node, 0)
     if data is None or is_call(data, DEQUANTIZE_PER_TOKEN):
         return data
-    source = data.inputs[0].producer() if data.inputs and data.inputs[0] is not None else None
+    source = producer(data, 0)
     per_run = is_op(data, "DequantizeLinear") and is_op(source, "DynamicQuantizeLinear")
     return data if per_run else None
 

@@ -12,7 +12,7 @@ from qgraph.backends.lowering.match import dynamic_data, gemm_bias, symmetric_sc
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, replace
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import MICROSOFT, array, attribute, constant, dims, is_op, nodes
+from qgraph.graph.reading import MICROSOFT, array, attribute, constant, dims, is_op, nodes, producer
 
 Dialect = Literal["onnxruntime", "standard"]
 
@@ -50,7 +50,7 @@ def _match(node: ir.Node) -> _DynamicProduct | None:
     if not is_op(node, "MatMul", "Gemm") or len(node.inputs) < 2:
         return None
     data = dynamic_data(node)
-    weight = node.inputs[1].producer() if node.inputs[1] is not None else None
+    weight = producer(node, 1)
     if data is None or weight is None or not is_op(weight, "DequantizeLinear"):
         return None
     trans_b, q = attribute(node, "transB", 0), weight.inputs[0]

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qgraph.graph.editing import add_constant, insert
 from qgraph.graph.ops import MOVES
-from qgraph.graph.reading import array, attribute, constant, dims, is_op, nodes
+from qgraph.graph.reading import array, attribute, constant, dims, is_op, nodes, producer
 
 
 def shield_float(model: ir.Model) -> bool:
@@ -65,7 +65,7 @@ def _computed_once(value: ir.Value) -> bool:
 
 def _source(node: ir.Node) -> ir.Node | None:
     """The node that computes the data of `node`."""
-    return node.inputs[0].producer() if node.inputs[0] is not None else None
+    return producer(node, 0)
 
 
 def _long_axis(node: ir.Node) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qgraph.backends.lowering.match import stored, symmetric_scale
 from qgraph.graph.editing import add_constant, insert, redirect
-from qgraph.graph.reading import array, attribute, dims, is_op, nodes, scope
+from qgraph.graph.reading import array, attribute, dims, is_op, nodes, producer, scope
 from qgraph.graph.sites import only_user
 
 
@@ -27,7 +27,7 @@ def lower_tables(model: ir.Model) -> bool:
     """
     changed = False
     for node in nodes(model):
-        dq = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        dq = producer(node, 0)
         if not is_op(node, "Gather") or dq is None or not is_op(dq, "DequantizeLinear"):
             continue
         turn = turn_of(node)

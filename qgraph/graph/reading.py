@@ -63,6 +63,12 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None
 
 
+def producer(node: ir.Node, index: int) -> ir.Node | None:
+    """The node that computes an input, or None: absent, or not computed."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return None if value is None else value.producer()
+
+
 def array(value: ir.Value | None) -> np.ndarray | None:
     """The array behind a constant value, or None. Reads the weight: see :func:`release`."""
     tensor = constant(value)
