@@ -114,9 +114,9 @@ def _example_past(module: torch.nn.Module, values: Mapping[str, Any]) -> Any:
     parts = result.values() if isinstance(result, Mapping) else result
     cache = next((part for part in parts if _is_cache(part)), None)
     if cache is None or not _keeps_tokens(cache):
-        found = "no cache" if cache is None else f"a {type(cache).__name__} with other states"
+        states = "no cache" if cache is None else f"a {type(cache).__name__} with other states"
         raise ModelError(
-            f"cache=True needs one key and one value for each layer, {name} returns {found}: "
+            f"cache=True needs one key and one value for each layer, {name} returns {states}: "
             "trace it without, or write a forward that takes and returns its states as tensors"
         )
     return tuple((_example(layer.keys), _example(layer.values)) for layer in cache.layers)

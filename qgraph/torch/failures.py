@@ -27,7 +27,7 @@ def explain(error: BaseException, module: torch.nn.Module, path_of: PathOf) -> s
     if fixed := _FIXED.search(str(chain[0])):
         size, value, axis = fixed.groups()
         return f"cannot trace {name} {fixed_axis(value, int(axis), int(size))}"
-    layer = next((found for cause in chain if (found := _layer_of(cause, module, path_of))), None)
+    layer = next((path for cause in chain if (path := _layer_of(cause, module, path_of))), None)
     text = " ".join(str(chain[0]).split("\n\n")[0].split()) or type(chain[0]).__name__
     advice = ""
     if "data-dependent" in text:
@@ -49,9 +49,9 @@ def axes_not_free(model: ir.Model, shapes: Mapping[str, Any] | None) -> Iterator
     """What became fixed without an error although `shapes` asks for it to be free."""
     import torch
 
-    wanted = shapes or {}
+    free = shapes or {}
     for value in model.graph.inputs:
-        axes = wanted.get(value.name or "")
+        axes = free.get(value.name or "")
         for axis, dim in axes.items() if isinstance(axes, Mapping) else ():
             size = None if value.shape is None else value.shape[axis]
             if isinstance(dim, str | torch.export.Dim) and isinstance(size, int):
@@ -60,10 +60,10 @@ def axes_not_free(model: ir.Model, shapes: Mapping[str, Any] | None) -> Iterator
 
 def _chain(error: BaseException) -> list[BaseException]:
     """The error and what caused it, the first cause first."""
-    found = [error]
-    while (cause := found[-1].__cause__ or found[-1].__context__) and cause not in found:
-        found.append(cause)
-    return found[::-1]
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    return chain[::-1]
 
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
@@ -80,19 +80,19 @@ def _where(chain: list[BaseException]) -> str:
 
     inside = Path(torch.__file__).parent
     own = Path(__file__).parent
-    found = None
+    innermost = None
     for error in chain:
         for frame, line in _frames(error):
             file = Path(frame.f_code.co_filename)
             machinery = file.is_relative_to(inside) and not file.is_relative_to(inside / "nn")
             if not machinery and not file.is_relative_to(own):
-                found = frame.f_code, line
-        if found:
+                innermost = frame.f_code, line
+        if innermost:
             break
     advice = "use torch.where or torch.cond there, or decide it by numbers of Python"
-    if found is None:
+    if innermost is None:
         return f", {advice}"
-    code, line = found
+    code, line = innermost
     if code.co_name == _CAUSAL:
         advice = "give is_causal (tgt_is_causal, ...) together with the mask"
     text = linecache.getline(code.co_filename, line).strip()
@@ -104,12 +104,12 @@ def _layer_of(error: BaseException, module: torch.nn.Module, path_of: PathOf) ->
     import torch
 
     paths = {id(part): path for path, part in module.named_modules()}
-    found = None
+    innermost = None
     for frame, _ in _frames(error):
         for local in frame.f_locals.values():
             if isinstance(local, torch.fx.Node):
-                found = path_of(local) or found
+                innermost = path_of(local) or innermost
         part = frame.f_locals.get("self")
         if isinstance(part, torch.nn.Module) and paths.get(id(part)):
-            found = paths[id(part)]
-    return found
+            innermost = paths[id(part)]
+    return innermost

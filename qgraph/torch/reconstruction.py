@@ -124,7 +124,7 @@ def _raised(
     piece: Piece,
     sites: Sequence[Site],
     walk: Walk,
-    wanted: Sequence[Feed],
+    targets: Sequence[Feed],
     masks: Sequence[NDArray[Any] | None],
 ) -> Block | str:
     """The next piece as a block, or why it cannot be one."""
@@ -138,7 +138,7 @@ def _raised(
     return Block(
         module,
         [[carried[name] for name in reads] for carried in walk.carried],
-        [[feed[name] if name else None for name in writes] for feed in wanted],
+        [[feed[name] if name else None for name in writes] for feed in targets],
         masks,
         all(site.is_product for site in sites),
     )
@@ -194,14 +194,14 @@ class _Outcome:
         return {**to_arrays(self.weights), **said, **numbers}
 
     @staticmethod
-    def from_arrays(kept: Arrays) -> _Outcome:
+    def from_arrays(arrays: Arrays) -> _Outcome:
         numbers = {
             key.removeprefix("number "): float(value)
-            for key, value in kept.items()
+            for key, value in arrays.items()
             if key.startswith("number ")
         }
-        weights = [weight for weight in from_arrays(kept) if weight is not None]
-        return _Outcome(weights, kept["kind"].item(), kept["message"].item(), numbers)
+        weights = [weight for weight in from_arrays(arrays) if weight is not None]
+        return _Outcome(weights, arrays["kind"].item(), arrays["message"].item(), numbers)
 
 
 def _learned(

@@ -30,7 +30,7 @@ def adarounded(
     rounded: dict[str, Quantized] = {}
     for node, _ in annotated(model):
         site = site_of(node)
-        found = integers_of(site.weight) if site is not None else None
-        if found is not None:
-            _, rounded[node_name(node)] = found
+        integers = integers_of(site.weight) if site is not None else None
+        if integers is not None:
+            _, rounded[node_name(node)] = integers
     return rounded
