@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10·log10(signal / noise) of two powers; inf without noise, else -inf without a signal."""
+    """10·log10(signal / noise) of two powers: inf without noise, else -inf without a signal."""
     if noise <= 0:
         return float("inf")
-    return 10 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+    return float("-inf") if signal <= 0 else 10 * float(np.log10(signal / noise))
 
 
 def sqnr_db(reference: NDArray[np.generic], other: NDArray[np.generic]) -> float:
