@@ -29,8 +29,8 @@ from qgraph.graph.islands import Cost, settle, size
 from qgraph.graph.ops import FLOATS, LINEAR
 from qgraph.graph.reading import (
     MICROSOFT,
-    array,
     constant,
+    constant_array,
     dims,
     is_op,
     node_name,
@@ -347,8 +347,7 @@ def _unfit(site: Site) -> str | None:
 
 def _finite(weight: ir.Value) -> bool:
     """Whether every element is finite; a table that masks attention is not."""
-    w = array(weight)
-    assert w is not None
+    w = constant_array(weight)
     finite = bool(np.isfinite(w.min()) and np.isfinite(w.max()))
     release(weight)
     return finite

@@ -18,7 +18,7 @@ from qgraph.graph.annotation import (
     weight_spec,
 )
 from qgraph.graph.editing import add_constant, derived, insert, redirect, remove_dead
-from qgraph.graph.reading import array, constant, dims, release
+from qgraph.graph.reading import constant, constant_array, constant_tensor, dims, release
 from qgraph.graph.sites import Site, sites
 from qgraph.numerics.spec import PerAxis, PerBlock
 from qgraph.pipeline.context import Context
@@ -102,8 +102,7 @@ class BalanceTables(Pass):
 def _balance(model: ir.Model, site: Site, tensor: ir.TensorProtocol) -> None:
     """Give the lookup a table of its own, its columns divided by their largest magnitude."""
     node, base = site.node, site.weight.name
-    table = array(site.weight)
-    assert table is not None
+    table = constant_array(site.weight)
     factors = column_factors(table)
     release(site.weight)
     balanced = derived(tensor, lambda w: w / factors)
@@ -135,9 +134,7 @@ def _may_share(model: ir.Model, table: Site, product: Site) -> bool:
 
 
 def _column_ratio(table: Site, product: Site) -> np.ndarray | None:
-    rows, weight = array(table.weight), array(product.weight)
-    assert rows is not None
-    assert weight is not None
+    rows, weight = constant_array(table.weight), constant_array(product.weight)
     factors = column_ratio(rows, weight if product.axis == 0 else weight.T)
     del rows, weight
     release(table.weight)
@@ -162,8 +159,7 @@ def _share(model: ir.Model, site: Site, product: Site, factors: np.ndarray) -> N
 
 def _without_trans_b(model: ir.Model, product: Site) -> Site:
     """A Gemm with its weight as (K, N), which is what integer kernels take."""
-    node, index, tensor = product.node, product.w_index, constant(product.weight)
-    assert tensor is not None
+    node, index, tensor = product.node, product.w_index, constant_tensor(product.weight)
     turned = derived(tensor, lambda w: w.T.copy(), product.kn)
     node.replace_input_with(index, add_constant(model, f"{product.weight.name}_T", turned))
     node.attributes.pop("transB")

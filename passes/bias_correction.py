@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qgraph.errors import CalibrationError
 from qgraph.graph.annotation import Stage, calibrated_stats, stats_of, weight_spec
 from qgraph.graph.editing import add_constant, remove_dead
-from qgraph.graph.reading import array, attribute, dims, release
+from qgraph.graph.reading import array, attribute, constant_array, dims, release
 from qgraph.graph.sites import Site, bias_use, by_input_channel, site_of
 from qgraph.io.kv_cache import complete_feed
 from qgraph.io.session import open_session, run
@@ -113,8 +113,7 @@ class BiasCorrection(Pass):
         return changed
 
     def _correct(self, model: ir.Model, site: Site, spec: QuantSpec, context: Context) -> None:
-        w, use = array(site.weight), bias_use(site)
-        assert w is not None
+        w, use = constant_array(site.weight), bias_use(site)
         assert use is not None
         mean = calibrated_stats(site.x).channel_mean
         assert mean is not None

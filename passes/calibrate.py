@@ -15,6 +15,7 @@ from qgraph.errors import CalibrationError
 from qgraph.graph.annotation import Stage, set_stats, wanted_of
 from qgraph.graph.editing import redirect
 from qgraph.graph.functions import OBSERVER, is_call, undeclare_unused
+from qgraph.graph.reading import input_of
 from qgraph.numerics.stats import Stats, Wanted
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -54,8 +55,7 @@ class Calibrate(Pass):
         wanted = {_observed(node): wanted_of(node) for node in observers}
         stats = self._stats(model, wanted, context)
         for node, name in zip(observers, wanted, strict=True):
-            value = node.inputs[0]
-            assert value is not None
+            value = input_of(node, 0)
             set_stats(value, stats[name])
             if not stats[name].count:
                 context.remark("warning", self.name, name, "", UNREACHED)
@@ -86,7 +86,6 @@ class Calibrate(Pass):
 
 
 def _observed(node: ir.Node) -> str:
-    value = node.inputs[0]
-    assert value is not None
+    value = input_of(node, 0)
     assert value.name
     return value.name

@@ -15,7 +15,16 @@ from onnx_ir.passes import common
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import add_constant, derived, redirect, remove_dead
 from qgraph.graph.names import unique_names
-from qgraph.graph.reading import INLINE_BYTES, array, attribute, constant, dims, is_op
+from qgraph.graph.reading import (
+    INLINE_BYTES,
+    array,
+    attribute,
+    constant,
+    constant_tensor,
+    dims,
+    input_of,
+    is_op,
+)
 from qgraph.graph.types import infer_types
 from qgraph.passes.fold_constants import FoldConstants
 from qgraph.pipeline.context import Context
@@ -209,9 +218,7 @@ def _substitute(
     change: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     """Give `node` a constant of its own, computed from an old one when it is read."""
-    value = node.inputs[index]
-    tensor = constant(value)
-    assert value is not None
-    assert tensor is not None
+    value = input_of(node, index)
+    tensor = constant_tensor(value)
     lazy = derived(tensor, change, shape, cache=tensor.nbytes <= FoldConstants.lazy)
     node.replace_input_with(index, add_constant(model, f"{value.name}_{suffix}", lazy))

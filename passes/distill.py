@@ -20,7 +20,7 @@ from qgraph.graph.annotation import (
 )
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.ops import lowest_value
-from qgraph.graph.reading import array, release
+from qgraph.graph.reading import constant_array, release
 from qgraph.graph.sites import Site, reduction_rows
 from qgraph.numerics.blocks import lowest
 from qgraph.numerics.noise import relative_noise, unit_power
@@ -128,8 +128,7 @@ class Distill(Pass):
         learners[test] = len(tokens) < HELD_OUT
         gram, cross = normal_equations(tokens[learners], seen[learners])
 
-        weight = array(site.weight)
-        assert weight is not None
+        weight = constant_array(site.weight)
         w = np.asarray(reduction_rows(weight, site), np.float32)
         steps = reduction_rows(np.broadcast_to(nearest.steps(), nearest.q.shape), site)
         first = reduction_rows(nearest.q, site)

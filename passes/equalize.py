@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import add_constant, remove_dead
 from qgraph.graph.ops import HOMOGENEOUS, POOLS
-from qgraph.graph.reading import array, is_op, node_name, release
+from qgraph.graph.reading import array, constant_array, input_of, is_op, node_name, release
 from qgraph.graph.sites import Site, bias_use, by_input_channel, only_user, site_of
 from qgraph.numerics.reference import along
 from qgraph.pipeline.context import Context
@@ -143,8 +143,7 @@ class _Weights:
         for use in (_weight(pair.first), _weight(pair.second), pair.bias):
             if use is not None and use not in self.arrays:
                 value = use[0].inputs[use[1]]
-                data = array(value)
-                assert data is not None
+                data = constant_array(value)
                 self.arrays[use] = np.array(data, np.float64)
                 release(value)
 
@@ -178,8 +177,7 @@ class _Weights:
     def store(self, model: ir.Model) -> bool:
         """Write back what moved, as new constants: others may read the old ones."""
         for node, index in sorted(self.moved, key=lambda use: (node_name(use[0]), use[1])):
-            value = node.inputs[index]
-            assert value is not None
+            value = input_of(node, index)
             assert value.dtype is not None
             data = self.arrays[node, index].astype(value.dtype.numpy())
             node.replace_input_with(index, add_constant(model, f"{value.name}_equal", data))

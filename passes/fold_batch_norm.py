@@ -246,7 +246,6 @@ def _bias_add(site: Site) -> ir.Node | None:
     user = _only_user(site.node.outputs[0])
     if not is_op(user, "Add"):
         return None
-    assert user is not None
     other = array(user.inputs[1 if user.inputs[0] is site.node.outputs[0] else 0])
     if other is None or other.ndim > 2 or not _one_each(other, _channels(site)):
         return None

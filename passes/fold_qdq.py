@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import redirect, remove_dead
 from qgraph.graph.ops import CLAMPS, MOVES
-from qgraph.graph.reading import array, graphs, is_op, scope
+from qgraph.graph.reading import array, graphs, input_of, is_op, scope
 from qgraph.numerics.reference import quantize
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -66,8 +66,7 @@ def _cancel(q: ir.Node) -> bool:
     dq = _producer(q)
     if not is_op(dq, "DequantizeLinear") or dq is None or not same_parameters(dq, q):
         return False
-    source = dq.inputs[0]
-    assert source is not None
+    source = input_of(dq, 0)
     if q.outputs[0].is_graph_output():
         return False
     redirect(q.outputs[0], source)

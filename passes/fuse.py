@@ -68,7 +68,7 @@ class Fuse(Pass):
         gate: ir.Value | None = None
         found = _clipped(value, most)
         product = value.producer()
-        if found is None and product is not None and is_op(product, "Mul"):
+        if found is None and is_op(product, "Mul"):
             left, right = product.inputs
             found, gate = _clipped(right, most), left
             if found is None:

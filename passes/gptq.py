@@ -22,7 +22,7 @@ from qgraph.graph.annotation import (
     weight_spec,
 )
 from qgraph.graph.editing import remove_dead
-from qgraph.graph.reading import array, release
+from qgraph.graph.reading import constant_array, release
 from qgraph.graph.sites import Site, site_of
 from qgraph.io.feeds import MASK
 from qgraph.numerics.quantized import Arrays, Quantized, from_arrays, to_arrays
@@ -141,8 +141,7 @@ class GPTQ(Pass):
         found: list[Rounded | None] = []
         for site in sites:
             nearest = _to_nearest(site, context)
-            w, spec = array(site.weight), annotated_weight_spec(site)
-            assert w is not None
+            w, spec = constant_array(site.weight), annotated_weight_spec(site)
             found.append(round_weight(w, site.axis, nearest, spec, shared))
             release(site.weight)
         return found

@@ -15,6 +15,7 @@ from qgraph.graph.annotation import (
     data_spec,
     forget,
     forget_use_spec,
+    known_static_spec,
     set_stats,
     spec_of,
     static_spec,
@@ -32,7 +33,7 @@ from qgraph.graph.functions import (
     grid_values,
 )
 from qgraph.graph.ops import MOVES, lowest_value
-from qgraph.graph.reading import array, constant, is_op, producer, release
+from qgraph.graph.reading import array, constant, input_of, is_op, producer, release
 from qgraph.graph.sites import Site, only_user, output_value, site_of
 from qgraph.numerics.reference import quantize_bias
 from qgraph.numerics.spec import FLOAT8, NUMPY, PerBlock, PerToken, QuantSpec
@@ -141,7 +142,7 @@ class _HalfFloats:
         if tensor is not None:
             wide = tensor.numpy().astype(np.float32)
             return add_constant(self.model, f"{value.name}_f32", wide)
-        if is_op(producer, "Cast") and producer is not None:
+        if is_op(producer, "Cast"):
             source = producer.inputs[0]
             if source is not None and source.dtype == ir.DataType.FLOAT:
                 return source
@@ -225,8 +226,7 @@ class _Data:
 
     def quantize(self, value: ir.Value, scale: np.ndarray, zero: np.ndarray) -> None:
         """Q -> DQ behind `value`: for all its users if it has a spec, else for those with one."""
-        spec, shared = static_spec(value), spec_of(value) is not None
-        assert spec is not None
+        spec, shared = known_static_spec(value), spec_of(value) is not None
         users = static_uses(value)
         anchor = value.producer()
         first = self.model.graph[0]
@@ -283,8 +283,7 @@ class _Data:
 
     def quantize_at_run_time(self, node: ir.Node, index: int, spec: QuantSpec) -> None:
         """Scales at run time for input `index`, computed once for all users in the same graph."""
-        value = node.inputs[index]
-        assert value is not None
+        value = input_of(node, index)
         key = (id(value), spec, id(node.graph))
         if key not in self.runtime:
             self.runtime[key] = self._at_run_time(node, value, spec)

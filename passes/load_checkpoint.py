@@ -16,7 +16,15 @@ from qgraph.graph.annotation import Stage, set_integers
 from qgraph.graph.editing import add_constant, computed, insert, remove_dead
 from qgraph.graph.ops import FLOATS, NORMS
 from qgraph.graph.provenance import modules
-from qgraph.graph.reading import array, constant, dims, release
+from qgraph.graph.reading import (
+    array,
+    constant,
+    constant_array,
+    constant_tensor,
+    dims,
+    input_of,
+    release,
+)
 from qgraph.graph.sites import Site, site_of
 from qgraph.io.checkpoints.checkpoint import Checkpoint
 from qgraph.io.checkpoints.names import aligned, parts_of
@@ -211,8 +219,7 @@ class _Loading:
         Raises:
             ModelError: one of them is another layer, or was misread.
         """
-        w = array(site.weight)
-        assert w is not None
+        w = constant_array(site.weight)
         given = np.asarray(w if site.axis == 1 else w.T, np.float32)
         start = 0
         for part, layer in zip(parts, layers, strict=True):
@@ -285,8 +292,7 @@ class _Loading:
 
     def _constant(self, base: str, make: Callable[[], NDArray[Any]], old: ir.Value) -> ir.Value:
         """A constant in place of `old`, computed whenever it is read."""
-        like = constant(old)
-        assert like is not None
+        like = constant_tensor(old)
         dtype, shape = like.dtype, like.shape.numpy()
         lazy = computed(lambda: np.ascontiguousarray(make()), dtype, shape)
         return add_constant(self.model, base, lazy)
@@ -332,8 +338,7 @@ class _Loading:
                 self._place_vector(found, node, index)
 
     def _place_vector(self, found: NDArray[Any], node: ir.Node, index: int) -> None:
-        old = node.inputs[index]
-        assert old is not None
+        old = input_of(node, index)
         make = partial(found.reshape, [d or 1 for d in dims(old)])
         node.replace_input_with(index, self._constant(f"{old.name}_loaded", make, old))
 

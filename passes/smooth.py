@@ -24,7 +24,7 @@ from qgraph.graph.editing import add_constant, insert, remove_dead
 from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
 from qgraph.graph.flow.scaling import input_peaks, read_elsewhere, scale_inputs, unscalable
 from qgraph.graph.ops import lowest_value
-from qgraph.graph.reading import array, release
+from qgraph.graph.reading import constant_array, release
 from qgraph.graph.sites import Site
 from qgraph.numerics.noise import relative_noise
 from qgraph.numerics.reference import Float, along
@@ -215,8 +215,7 @@ def _times(x: Float, w: Float, axis: int) -> Float:
 
 def _some_outputs(site: Site, seed: int) -> Float:
     """The weights of all outputs, or of some of them picked at random."""
-    w, count = array(site.weight), site.kn[1]
-    assert w is not None
+    w, count = constant_array(site.weight), site.kn[1]
     if count > COLUMNS:
         chosen = np.random.default_rng(seed).choice(count, COLUMNS, replace=False)
         w = w.take(np.sort(chosen), site.axis)

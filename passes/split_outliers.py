@@ -23,7 +23,7 @@ from qgraph.graph.annotation import (
 from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
 from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
 from qgraph.graph.flow.scaling import input_peaks, read_elsewhere, scale_inputs, unscalable
-from qgraph.graph.reading import array, attribute, is_op, release
+from qgraph.graph.reading import attribute, constant_array, is_op, release
 from qgraph.graph.sites import Site, only_user
 from qgraph.numerics.spec import PerTensor
 from qgraph.pipeline.context import Context
@@ -167,8 +167,7 @@ def _masked(model: ir.Model, x: ir.Value, found: Indices, sites: list[Site]) -> 
 
 def _rows(site: Site, found: Indices) -> NDArray[np.float32]:
     """The weights that the outliers meet: (outliers, N)."""
-    w = array(site.weight)
-    assert w is not None
+    w = constant_array(site.weight)
     rows: NDArray[np.float32] = w.take(found, 1 - site.axis)
     release(site.weight)
     alpha = np.float32(attribute(site.node, "alpha", 1.0))

@@ -11,7 +11,17 @@ import onnx_ir as ir
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import insert, remove_dead, replace, shared_constant
 from qgraph.graph.functions import undeclare_unused
-from qgraph.graph.reading import MICROSOFT, array, attribute, dims, is_op, node_name, nodes
+from qgraph.graph.reading import (
+    MICROSOFT,
+    array,
+    attribute,
+    constant_array,
+    dims,
+    input_of,
+    is_op,
+    node_name,
+    nodes,
+)
 from qgraph.numerics.codebooks import LEVELS
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -90,9 +100,7 @@ def _quant_type(table: np.ndarray) -> int | None:
 
 
 def _replace(model: ir.Model, node: ir.Node, call: ir.Node) -> None:
-    codes, table = array(call.inputs[0]), array(call.inputs[1])
-    assert codes is not None
-    assert table is not None
+    codes, table = constant_array(call.inputs[0]), constant_array(call.inputs[1])
     n, count, size = codes.shape
     pairs = np.asarray(codes, np.uint8).reshape(-1, 2)
     packed = pairs[:, 0] << 4 | pairs[:, 1]
@@ -113,8 +121,7 @@ def _replace(model: ir.Model, node: ir.Node, call: ir.Node) -> None:
 
 def _flat(model: ir.Model, call: ir.Node) -> ir.Value:
     """The scales one after the other."""
-    scale, scales = call.inputs[2], array(call.inputs[2])
-    assert scale is not None
+    scale, scales = input_of(call, 2), array(call.inputs[2])
     if scales is not None:
         return shared_constant(model, f"{scale.name}_bnb4", scales.reshape(-1))
     shape = shared_constant(model, "qgraph/shape_-1", np.array([-1], np.int64))

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.graph.editing import insert, redirect, shared_constant
 from qgraph.graph.functions import QUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import MICROSOFT, array, dims, is_op, nodes, opset, scope
+from qgraph.graph.reading import MICROSOFT, array, dims, input_of, is_op, nodes, opset, scope
 from qgraph.graph.sites import only_user
 from qgraph.numerics.reference import SMALLEST_SCALE
 
@@ -120,8 +120,7 @@ def _zero_points(
     model: ir.Model, node: ir.Node, largest: ir.Value, known: dict[tuple[object, ...], ir.Value]
 ) -> ir.Value:
     """The zero point once for each token, made once for all that have the same tokens."""
-    x, zero = node.inputs[0], node.inputs[2]
-    assert x is not None
+    x, zero = input_of(node, 0), node.inputs[2]
     tokens = list(x.shape or ())[:-1]
     named = all(isinstance(d, int) or d.value is not None for d in tokens)
     key = (id(node.graph), zero, *map(str, tokens)) if named else (largest,)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qgraph.backends.lowering.match import Blocks, blocks_of, dynamic_data
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, shared_constant
-from qgraph.graph.reading import array, attribute, constant, dims, is_op, nodes
+from qgraph.graph.reading import array, attribute, constant, constant_array, dims, is_op, nodes
 from qgraph.numerics.reference import SMALLEST_SCALE
 
 
@@ -49,7 +49,7 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
         if not is_op(node, "MatMul", "Gemm") or node.inputs[1] is None:
             continue
         dq = node.inputs[1].producer()
-        if dq is not None and is_op(dq, "DequantizeLinear") and constant(dq.inputs[0]) is not None:
+        if is_op(dq, "DequantizeLinear") and constant(dq.inputs[0]) is not None:
             yield node, dq
 
 
@@ -101,8 +101,7 @@ def _rounded_columns(
     model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks, limit: int
 ) -> tuple[ir.Value, np.ndarray]:
     """int8 columns as near to blocks with scales of their own as can be, and their scale."""
-    integers = array(q)
-    assert integers is not None
+    integers = constant_array(q)
     peaks = _block_peaks(np.asarray(integers, np.int8), blocks)
     column = np.maximum(peaks.max(axis=blocks.axis, keepdims=True), SMALLEST_SCALE) / limit
     ratio = add_constant(model, f"{q.name}_ratio", (blocks.scales / column).astype(np.float32))

@@ -12,7 +12,17 @@ from qgraph.backends.lowering.match import dynamic_data, gemm_bias, symmetric_sc
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, replace
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import MICROSOFT, array, attribute, constant, dims, is_op, nodes, producer
+from qgraph.graph.reading import (
+    MICROSOFT,
+    array,
+    attribute,
+    constant,
+    dims,
+    input_of,
+    is_op,
+    nodes,
+    producer,
+)
 
 Dialect = Literal["onnxruntime", "standard"]
 
@@ -69,7 +79,7 @@ def _folds(value: ir.Value | None) -> bool:
     The operators are those that this package itself writes weights with.
     """
     node = value.producer() if value is not None else None
-    if node is not None and is_op(node, "Cast", "Gather", "Mul", "Round", "Sub", "Transpose"):
+    if is_op(node, "Cast", "Gather", "Mul", "Round", "Sub", "Transpose"):
         return all(map(_folds, node.inputs))
     return constant(value) is not None
 
@@ -108,9 +118,7 @@ def _lower_product(model: ir.Model, product: _DynamicProduct, dialect: Dialect) 
 
 def _weight(model: ir.Model, product: _DynamicProduct) -> tuple[ir.Value, ir.Value]:
     """The integer weight as (K, N) and its scale, Gemm's transB and alpha folded in."""
-    value, scale = product.weight.inputs[0], product.weight.inputs[1]
-    assert value is not None
-    assert scale is not None
+    value, scale = input_of(product.weight, 0), input_of(product.weight, 1)
     if not is_op(product.node, "Gemm"):
         return value, scale
     if attribute(product.node, "transB", 0):

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qgraph.backends.lowering.match import stored, symmetric_scale
 from qgraph.graph.editing import add_constant, insert, redirect
-from qgraph.graph.reading import array, attribute, dims, is_op, nodes, producer, scope
+from qgraph.graph.reading import array, attribute, dims, input_of, is_op, nodes, producer, scope
 from qgraph.graph.sites import only_user
 
 
@@ -73,13 +73,11 @@ def _as_rows(model: ir.Model, matrix: ir.Value) -> ir.Value:
 def _lower_table(
     model: ir.Model, node: ir.Node, turn: ir.Node | None, dq: ir.Node, scales: np.ndarray
 ) -> None:
-    table, result = dq.inputs[0], (turn or node).outputs[0]
-    assert table is not None
-    assert dq.inputs[1] is not None
+    table, result = input_of(dq, 0), (turn or node).outputs[0]
     base = result.name or "table"
     if turn is not None:
         table = _as_rows(model, table)
-    column = add_constant(model, f"{dq.inputs[1].name}_rows", scales)
+    column = add_constant(model, f"{input_of(dq, 1).name}_rows", scales)
     rows = insert(model, node, "Gather", [table, node.inputs[1]], base=f"{base}_q")
     scale = insert(model, node, "Gather", [column, node.inputs[1]], base=f"{base}_scale")
     wide = insert(

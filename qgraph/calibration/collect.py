@@ -16,7 +16,7 @@ from qgraph.graph.annotation import forget
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import redirect, remove_dead
 from qgraph.graph.functions import OBSERVER, is_call, undeclare_unused
-from qgraph.graph.reading import opset
+from qgraph.graph.reading import input_of, opset
 from qgraph.io.feeds import Feed
 from qgraph.io.kv_cache import complete_feed
 from qgraph.io.session import open_session
@@ -37,8 +37,7 @@ def reductions(model: ir.Model, wanted: Mapping[str, Wanted]) -> ir.Model:
     graph = probe.graph
     graph.outputs.clear()
     for node in [n for n in graph if is_call(n, OBSERVER)]:
-        value = node.inputs[0]
-        assert value is not None
+        value = input_of(node, 0)
         assert value.name
         for name, output in _reduce(probe, node, value, wanted[value.name]).items():
             output.name = f"{value.name}|{name}"

@@ -132,6 +132,18 @@ def static_spec(value: ir.Value) -> QuantSpec | None:
     return next(iter(static_specs(value)), None)
 
 
+def known_static_spec(value: ir.Value) -> QuantSpec:
+    """:func:`static_spec` of a value that is known to have one.
+
+    Raises:
+        ValueError: it stays float, or its scale is found at run time.
+    """
+    spec = static_spec(value)
+    if spec is None:
+        raise ValueError(f"'{value.name}' has no fixed scale")
+    return spec
+
+
 def static_uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
     """The nodes that read `value` rounded by a fixed scale, and as which input: all users if it has
     a spec, else those with one; but none that find a scale at run time."""

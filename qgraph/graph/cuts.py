@@ -36,7 +36,7 @@ def _end(site: Site) -> ir.Value:
     if added is not None:
         value = added[0].outputs[0]
     user = only_user(value)
-    if user is not None and is_op(user, *_FOLLOWING) and user.inputs[0] is value:
+    if is_op(user, *_FOLLOWING) and user.inputs[0] is value:
         return user.outputs[0]
     return value
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.graph.annotation import copy_annotations
 from qgraph.graph.names import fresh_name
-from qgraph.graph.reading import INLINE_BYTES, is_op, scope, unmap
+from qgraph.graph.reading import INLINE_BYTES, constant_tensor, is_op, scope, unmap
 
 
 def add_constant(
@@ -177,8 +177,7 @@ def lift_constant(model: ir.Model, node: ir.Node) -> bool:
         return False
     if node.attributes.keys() & {"sparse_value", "value_string", "value_strings"}:
         return False
-    tensor = ir.convenience.get_const_tensor(node.outputs[0])
-    assert tensor is not None
+    tensor = constant_tensor(node.outputs[0])
     replace_by_constants(model, node, [tensor])
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import numpy as np
 import onnx_ir as ir
@@ -41,7 +42,7 @@ def nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from graph
 
 
-def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
+def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> TypeGuard[ir.Node]:
     """Whether `node` is one of these operators of `domain`."""
     if node is None or node.op_type not in op_types:
         return False
@@ -58,9 +59,21 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value.const_value is not None and value.is_initializer():
         return value.const_value
     node = value.producer()
-    if node is not None and is_op(node, "Constant"):
+    if is_op(node, "Constant"):
         return ir.convenience.get_const_tensor(value)
     return None
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value:
+    """An input that is known to be there.
+
+    Raises:
+        ValueError: it was left out.
+    """
+    value = node.inputs[index]
+    if value is None:
+        raise ValueError(f"input {index} of '{node_name(node)}' was left out")
+    return value
 
 
 def producer(node: ir.Node, index: int) -> ir.Node | None:
@@ -73,6 +86,27 @@ def array(value: ir.Value | None) -> np.ndarray | None:
     """The array behind a constant value, or None. Reads the weight: see :func:`release`."""
     tensor = constant(value)
     return None if tensor is None else tensor.numpy()
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol:
+    """The tensor behind a value that is known to be constant.
+
+    Raises:
+        ValueError: it is computed.
+    """
+    tensor = constant(value)
+    if tensor is None:
+        raise ValueError(f"'{value and value.name}' is no constant")
+    return tensor
+
+
+def constant_array(value: ir.Value | None) -> np.ndarray:
+    """:func:`array` of a value that is known to be constant.
+
+    Raises:
+        ValueError: it is computed.
+    """
+    return constant_tensor(value).numpy()
 
 
 def release(value: ir.Value | None) -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph.graph.ops import CLAMPS, FLOATS, RECURRENT
-from qgraph.graph.reading import attribute, constant, dims, is_op, node_name, nodes
+from qgraph.graph.reading import attribute, constant, dims, input_of, is_op, node_name, nodes
 
 SiteKind = Literal["matmul", "gemm", "conv", "conv_transpose", "gather", "rnn", "activations"]
 PRODUCTS: tuple[SiteKind, ...] = ("matmul", "gemm")
@@ -60,16 +60,12 @@ class Site:
     @property
     def x(self) -> ir.Value:
         """The data input."""
-        value = self.node.inputs[self.x_index]
-        assert value is not None
-        return value
+        return input_of(self.node, self.x_index)
 
     @property
     def weight(self) -> ir.Value:
         """The weight input."""
-        value = self.node.inputs[self.w_index]
-        assert value is not None
-        return value
+        return input_of(self.node, self.w_index)
 
     @property
     def bias(self) -> ir.Value | None:

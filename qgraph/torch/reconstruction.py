@@ -18,7 +18,7 @@ from qgraph.graph.annotation import annotated, annotated_weight_spec
 from qgraph.graph.cuts import Piece
 from qgraph.graph.editing import remove_dead
 from qgraph.graph.ops import FLOATS
-from qgraph.graph.reading import array, release
+from qgraph.graph.reading import constant_array, release
 from qgraph.graph.sites import Site, nested, site_of
 from qgraph.io.feeds import MASK, Feed
 from qgraph.numerics.quantized import Arrays, Quantized, from_arrays, to_arrays
@@ -217,8 +217,7 @@ def _learned(
         return _Outcome(nearest, "declined", f"rounded to nearest: {UNREACHED}")
     weights = []
     for site, weight in zip(sites, nearest, strict=True):
-        w = array(site.weight)
-        assert w is not None
+        w = constant_array(site.weight)
         weights.append(method.start(w, weight, annotated_weight_spec(site)))
         release(site.weight)
     plain = block.error(nearest)

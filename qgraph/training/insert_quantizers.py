@@ -9,9 +9,16 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from qgraph.graph.annotation import annotated, is_annotated, spec_of, static_spec, static_uses
+from qgraph.graph.annotation import (
+    annotated,
+    is_annotated,
+    known_static_spec,
+    spec_of,
+    static_spec,
+    static_uses,
+)
 from qgraph.graph.ops import MOVES, lowest_value
-from qgraph.graph.reading import constant, is_op, node_name, release
+from qgraph.graph.reading import constant_tensor, is_op, node_name, release
 from qgraph.graph.sites import Site, site_of
 from qgraph.numerics.spec import QuantSpec
 from qgraph.numerics.tokens import token_grid
@@ -66,9 +73,8 @@ class InsertQuantizers:
 
     def _quantizer(self, value: ir.Value) -> DataQuantizer:
         """The quantizer of a value: what only moves data has that of its source."""
-        spec, producer = static_spec(value), value.producer()
-        assert spec is not None
-        if producer is not None and is_op(producer, *MOVES) and is_annotated(producer):
+        spec, producer = known_static_spec(value), value.producer()
+        if is_op(producer, *MOVES) and is_annotated(producer):
             source = producer.inputs[0]
             if source is not None and static_spec(source) == spec:
                 return self._quantizer(source)
@@ -78,8 +84,7 @@ class InsertQuantizers:
         return self.data[value]
 
     def _static(self, value: ir.Value) -> None:
-        spec, shared = static_spec(value), spec_of(value) is not None
-        assert spec is not None
+        shared = spec_of(value) is not None
         quantizer = self._quantizer(value)
         path = next(p for p, m in self.raised.named_modules() if m is quantizer)
         x = self.held[str(value.name)]
@@ -114,8 +119,7 @@ class InsertQuantizers:
         has_bias = static and constant_bias(site) is not None
         key = (site.weight, spec)
         if static or key not in shared:
-            tensor = constant(site.weight)
-            assert tensor is not None
+            tensor = constant_tensor(site.weight)
             shape = tuple(tensor.shape.numpy())
             quantizer = WeightQuantizer(spec, shape, self.phase, self.learn, of_data, site.kn[1])
             path = self._named(f"{site.name}_weight", quantizer)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.annotation import annotated_weight_spec, data_spec, weight_spec
-from qgraph.graph.reading import array, release
+from qgraph.graph.reading import constant_array, release
 from qgraph.graph.sites import Site, reduction_rows
 from qgraph.numerics.blocks import Scales, block_size, integers
 from qgraph.numerics.quantized import Quantized
@@ -64,8 +64,7 @@ def unroundable(site: Site, specs: Mapping[int, QuantSpec], context: Context) ->
 
 def columns(site: Site) -> Float:
     """The site's weight as (K, N), a view. Reads it: see :func:`qgraph.graph.reading.release`."""
-    weight = array(site.weight)
-    assert weight is not None
+    weight = constant_array(site.weight)
     return reduction_rows(weight, site)
 
 

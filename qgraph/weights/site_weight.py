@@ -14,6 +14,7 @@ from qgraph.graph.annotation import (
     data_spec,
     integers_of,
     is_annotated,
+    known_static_spec,
     set_integers,
     static_spec,
     stats_of,
@@ -21,7 +22,14 @@ from qgraph.graph.annotation import (
 )
 from qgraph.graph.editing import add_constant, computed
 from qgraph.graph.ops import MOVES
-from qgraph.graph.reading import array, attribute, constant, dims, is_op
+from qgraph.graph.reading import (
+    array,
+    attribute,
+    constant_array,
+    constant_tensor,
+    dims,
+    is_op,
+)
 from qgraph.graph.sites import Site, reduction_rows
 from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.reference import quantize, scale_zero_point, weight_scale_for_bias
@@ -39,8 +47,7 @@ def replace_weight(model: ir.Model, site: Site, integers: Quantized, word: str) 
     Args:
         word: what was done to the weight, part of its new name.
     """
-    tensor, spec = constant(site.weight), annotated_weight_spec(site)
-    assert tensor is not None
+    tensor, spec = constant_tensor(site.weight), annotated_weight_spec(site)
     values = computed(integers.float, tensor.dtype, tensor.shape.numpy())
     new = add_constant(model, f"{site.weight.name}_{word}", values)
     set_integers(new, spec, integers)
@@ -55,9 +62,8 @@ def activation_scale(value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         PipelineError: the value has no statistics, or its integers are none of 8 bits.
     """
-    spec, stats, producer = static_spec(value), stats_of(value), value.producer()
-    assert spec is not None
-    if producer is not None and is_op(producer, *MOVES) and is_annotated(producer):
+    spec, stats, producer = known_static_spec(value), stats_of(value), value.producer()
+    if is_op(producer, *MOVES) and is_annotated(producer):
         source = producer.inputs[0]
         if source is not None and static_spec(source) == spec:
             return activation_scale(source)
@@ -89,8 +95,7 @@ def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
     rounded, data, form = integers_of(site.weight), data_spec(site), formats.of(spec)
     if rounded is not None and rounded[0] == spec:
         return form.beside(rounded[1], data)
-    w = array(site.weight)
-    assert w is not None
+    w = constant_array(site.weight)
     if isinstance(spec.granularity, PerBlock) and w.ndim != 2:
         raise formats.unwritable(spec)
     if form is not formats.LINEAR or data is None:
@@ -107,8 +112,7 @@ def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
 
 def _largest_pairs(site: Site, scale: np.ndarray, zero: np.ndarray) -> int | np.ndarray:
     """The largest integer that either activation of each pair takes in calibration: (K // 2, 1)."""
-    stats, spec = calibrated_stats(site.x), static_spec(site.x)
-    assert spec is not None
+    stats, spec = calibrated_stats(site.x), known_static_spec(site.x)
     tops = stats.channel_high if stats.channel_high is not None else np.asarray(stats.high)
     largest = quantize(tops.astype(np.float32), scale, zero, spec.qmin, spec.qmax)
     largest = np.maximum(largest, zero)  # where a convolution pads, whatever the channel holds

@@ -28,7 +28,7 @@ from qgraph.graph.annotation import forget_stats
 from qgraph.graph.editing import add_constant, derived
 from qgraph.graph.flow.channels import Channels, Part
 from qgraph.graph.flow.steps import ways
-from qgraph.graph.reading import constant, dims, is_op, node_name
+from qgraph.graph.reading import constant, constant_tensor, dims, input_of, is_op, node_name
 from qgraph.numerics.reference import Number
 
 
@@ -102,10 +102,8 @@ def divide(model: ir.Model, found: Absorption, factors: NDArray[np.float32]) -> 
     for divided in found.values:
         forget_stats(divided)
     for edit in found.edits:
-        value = edit.node.inputs[edit.index]
-        tensor = constant(value)
-        assert value is not None
-        assert tensor is not None
+        value = input_of(edit.node, edit.index)
+        tensor = constant_tensor(value)
         divisor = np.where(edit.channels < 0, 1, factors[edit.channels]).astype(np.float32)
         shape = np.broadcast_shapes(tuple(tensor.shape.numpy()), divisor.shape)
         quotient = derived(tensor, partial(_quotient, divisor), shape)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.graph.annotation import stats_of
 from qgraph.graph.editing import add_constant, derived
-from qgraph.graph.reading import array, constant, is_op, release
+from qgraph.graph.reading import constant, constant_array, constant_tensor, is_op, release
 from qgraph.graph.sites import Site
 from qgraph.numerics.reference import along
 
@@ -35,8 +35,7 @@ def read_elsewhere(weight: ir.Value, readers: Sequence[Site]) -> bool:
 
 def input_peaks(site: Site) -> np.ndarray:
     """Largest magnitude of the weights that each data channel meets: float32 (K,)."""
-    w = array(site.weight)
-    assert w is not None
+    w = constant_array(site.weight)
     peaks: np.ndarray = np.maximum(w.max(axis=site.axis), -w.min(axis=site.axis))
     release(site.weight)
     return peaks.astype(np.float32)
@@ -50,8 +49,7 @@ def scale_inputs(model: ir.Model, site: Site, factors: np.ndarray) -> None:
     Args:
         factors: float32 (K,).
     """
-    tensor = constant(site.weight)
-    assert tensor is not None
+    tensor = constant_tensor(site.weight)
     rows = along(factors, 1 - site.axis, 2)
     scaled = derived(tensor, lambda w: w * rows)
     value = add_constant(model, f"{site.weight.name}_scaled", scaled)

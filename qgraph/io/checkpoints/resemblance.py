@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph.errors import ModelError
-from qgraph.graph.reading import array
+from qgraph.graph.reading import constant_array
 from qgraph.graph.sites import Site
 from qgraph.numerics.reference import Float
 
@@ -32,9 +32,7 @@ def near(found: NDArray[Any], old: NDArray[Any] | None) -> bool:
 
 def tied(table: ir.Value, site: Site) -> bool:
     """Whether the rows of a lookup table are the columns of the site's weight."""
-    rows, w = array(table), array(site.weight)
-    assert rows is not None
-    assert w is not None
+    rows, w = constant_array(table), constant_array(site.weight)
     return np.array_equal(rows, w if site.axis == 0 else w.T)
 
 

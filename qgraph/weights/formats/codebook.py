@@ -118,7 +118,7 @@ def codebook_call(weight: ir.Value | None, *, turned: bool) -> ir.Node | None:
     """
     for op_type, expected in (("Transpose", turned), ("Slice", False), ("Reshape", True)):
         node = weight.producer() if weight is not None else None
-        if node is not None and is_op(node, op_type):
+        if is_op(node, op_type):
             weight = node.inputs[0]
         elif expected:
             return None
