@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
 from qgraph.graph.reading import array, attribute, dims, is_op, node_name, scope
-from qgraph.graph.sites import Site, site_of
+from qgraph.graph.sites import Site, only_user, site_of
 from qgraph.numerics.reference import along
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -69,7 +69,7 @@ class FoldBatchNorm(Pass):
             return False
         add = _bias_add(site) if site.kind == "matmul" else None
         last = add or node
-        follower = _only_user(last.outputs[0])
+        follower = only_user(last.outputs[0])
         if follower is None or not follower.outputs[0].name:
             return False
         affine = affine_of(site, last, follower)
@@ -243,20 +243,10 @@ def _bias(site: Site, add: ir.Node | None) -> np.ndarray | None:
 
 def _bias_add(site: Site) -> ir.Node | None:
     """The Add of a constant vector that alone reads a MatMul, if there is one."""
-    user = _only_user(site.node.outputs[0])
+    user = only_user(site.node.outputs[0])
     if not is_op(user, "Add"):
         return None
     other = array(user.inputs[1 if user.inputs[0] is site.node.outputs[0] else 0])
     if other is None or other.ndim > 2 or not _one_each(other, _channels(site)):
         return None
     return user
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    """The node that alone reads `value`, in the same graph; None for a graph output."""
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output():
-        return None
-    user = uses[0].node
-    producer = value.producer()
-    return user if producer is not None and user.graph is producer.graph else None

@@ -24,7 +24,7 @@ from qgraph.graph.annotation import (
     use_spec,
     weight_spec,
 )
-from qgraph.graph.editing import add_constant, insert, redirect, remove_dead, shared_constant
+from qgraph.graph.editing import add_constant, insert, redirect, remove_dead, shared_constant, typed
 from qgraph.graph.functions import (
     DEQUANTIZE_PER_TOKEN,
     QUANTIZE_PER_TOKEN,
@@ -152,7 +152,7 @@ class _HalfFloats:
             cast = insert(
                 self.model, node, "Cast", [value], base=f"{value.name}_f32", attributes=to
             )
-            self.casts[key] = _typed(cast, value)
+            self.casts[key] = typed(cast, ir.DataType.FLOAT, value.shape)
             if (stats := stats_of(value)) is not None:
                 set_stats(self.casts[key], stats)
         return self.casts[key]
@@ -214,7 +214,7 @@ class _Weights:
             self.model, site.node, "DequantizeLinear", inputs,
             base=f"{base}_dq", attributes={"axis": 0},
         )  # fmt: skip
-        site.node.replace_input_with(site.bias_index, _typed(dq, inputs[0]))
+        site.node.replace_input_with(site.bias_index, typed(dq, ir.DataType.FLOAT, inputs[0].shape))
 
 
 @dataclass
@@ -252,7 +252,7 @@ class _Data:
                 self.model, last, "DequantizeLinear", [last.outputs[0], *inputs[1:]],
                 base=f"{value.name}_dq", after=True,
             )  # fmt: skip
-            new = _typed(dq, value)
+            new = typed(dq, ir.DataType.FLOAT, value.shape)
         for node, index in users:
             node.replace_input_with(index, new)
         if shared and value.is_graph_output():
@@ -263,9 +263,9 @@ class _Data:
         anything that it makes a Gemm of to int8 (WeightBiasQuantization)."""
         to, base = {"to": int(ir.DataType.FLOAT)}, f"{value.name}_wide"
         cast = insert(self.model, q, "Cast", [q.outputs[0]], base=base, attributes=to, after=True)
-        factors = [_typed(cast, value), scale]
+        factors = [typed(cast, ir.DataType.FLOAT, value.shape), scale]
         mul = insert(self.model, cast, "Mul", factors, base=f"{value.name}_dq", after=True)
-        return _typed(mul, value)
+        return typed(mul, ir.DataType.FLOAT, value.shape)
 
     def _narrowed(self, q: ir.Node, value: ir.Value, spec: QuantSpec) -> ir.Node:
         """Integers of fewer bits than their dtype has are clamped once more, unless they were."""
@@ -303,7 +303,7 @@ class _Data:
                 outputs=3,
             )
             dq = insert(self.model, anchor, "DequantizeLinear", q.outputs, base=f"{value.name}_dq")
-            return _typed(dq, value)
+            return typed(dq, ir.DataType.FLOAT, value.shape)
         declare(self.model, QUANTIZE_PER_TOKEN)
         declare(self.model, DEQUANTIZE_PER_TOKEN)
         step, zero, floor = grid_values(self.model, token_grid(lowest_value(value)))
@@ -317,7 +317,7 @@ class _Data:
             self.model, anchor, DEQUANTIZE_PER_TOKEN, [*q.outputs, step, zero],
             base=f"{value.name}_dq", domain="qgraph",
         )  # fmt: skip
-        return _typed(dq, value)
+        return typed(dq, ir.DataType.FLOAT, value.shape)
 
     def _in_blocks(self, anchor: ir.Node, value: ir.Value, size: int) -> ir.Value:
         declare(self.model, ROUND_IN_BLOCKS)
@@ -327,7 +327,7 @@ class _Data:
             self.model, anchor, ROUND_IN_BLOCKS, [value, block, step, floor],
             base=f"{value.name}_rounded", domain="qgraph",
         )  # fmt: skip
-        return _typed(rounded, value)
+        return typed(rounded, ir.DataType.FLOAT, value.shape)
 
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -356,13 +356,6 @@ def _first_user(node: ir.Node, value: ir.Value) -> ir.Node:
     assert graph is not None
     users = {use.node for use in value.uses()}
     return next((n for n in graph if n in users), node)
-
-
-def _typed(node: ir.Node, like: ir.Value) -> ir.Value:
-    """The node's output as float32 with the shape of `like`."""
-    output = node.outputs[0]
-    output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), like.shape
-    return output
 
 
 def _all_values(model: ir.Model) -> Iterator[ir.Value]:

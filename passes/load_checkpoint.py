@@ -29,11 +29,10 @@ from qgraph.graph.sites import Site, site_of
 from qgraph.io.checkpoints.checkpoint import Checkpoint
 from qgraph.io.checkpoints.names import aligned, parts_of
 from qgraph.io.checkpoints.packed_layers import Layer, joined
-from qgraph.io.checkpoints.resemblance import SHIFTED, UNLIKE, distance, near, tied, unlike
+from qgraph.io.checkpoints.resemblance import SHIFTED, UNLIKE, distance, misfit, near, tied, unlike
 from qgraph.numerics.reference import Float
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
-from qgraph.pipeline.remarks import Kind
 
 ONE_MORE = (
     "gemma",
@@ -102,76 +101,85 @@ class LoadCheckpoint(Pass):
         checkpoint = Checkpoint.open(self.path)
         graph = modules(model)
         names = aligned(checkpoint.modules, graph)
-        work = _Loading(model, context, checkpoint, self.check)
+        placed: set[str] = set()
+        matrices = _Matrices(self, model, context, checkpoint, placed)
+        vectors = _Vectors(self, model, checkpoint, placed)
         for path, members in context.progress(graph.items(), "loading weights", len(graph)):
-            work.module([names[part] for part in parts_of(path, names)], members)
-        work.finish()
+            parts = [names[part] for part in parts_of(path, names)]
+            sites = [site for node in members if (site := site_of(node)) is not None]
+            matrices.load(parts, sites)
+            if all(site.kind in ("activations", "rnn") for site in sites):
+                vectors.load(parts, "weight", _SCALES, members)
+            vectors.load(parts, "bias", _SHIFTS, members)
+        matrices.tie()
+        vectors.place_norms()
+        self._tell_what_is_left(checkpoint, placed, context)
         remove_dead(model)
         return True
 
-
-@dataclass
-class _Loading:
-    """One run of the pass, and what it has placed so far.
-
-    Attributes:
-        placed: modules of the checkpoint.
-        weights: new weights of products and the order that their data must be in, by modules and
-            old weight.
-        reordered: data in another order, by data, graph and order.
-        tables: old table of each lookup, and the module that has replaced it.
-        norms: weights of norms, and where they belong.
-        missing: products for which the checkpoint has no module.
-    """
-
-    model: ir.Model
-    context: Context
-    checkpoint: Checkpoint
-    check: bool
-    placed: set[str] = field(default_factory=set)
-    weights: dict[tuple[tuple[str, ...], ir.Value], tuple[ir.Value, NDArray[np.int64] | None]] = (
-        field(default_factory=dict)
-    )
-    reordered: dict[tuple[ir.Value, int, bytes], ir.Value] = field(default_factory=dict)
-    tables: list[tuple[ir.Value, str]] = field(default_factory=list)
-    norms: list[tuple[Float, ir.Node, int]] = field(default_factory=list)
-    missing: list[Site] = field(default_factory=list)
-
-    def module(self, parts: Sequence[str], members: Sequence[ir.Node]) -> None:
-        """Place the tensors of modules which the nodes `members` compute, side by side."""
-        sites = [site for node in members if (site := site_of(node)) is not None]
-        if not parts:
-            self.missing += [site for site in sites if site.is_product]
-            return
-        for site in sites:
-            if site.is_product:
-                self._product(site, parts, check=self.check)
-            elif site.kind not in ("activations", "rnn"):
-                self._table(site, parts[0])
-        if all(site.kind in ("activations", "rnn") for site in sites):
-            self._vector(parts, "weight", _SCALES, members)
-        self._vector(parts, "bias", _SHIFTS, members)
-
-    def finish(self) -> None:
-        """Tie what is tied, and see what is left on either side.
+    def _tell_what_is_left(
+        self, checkpoint: Checkpoint, placed: set[str], context: Context
+    ) -> None:
+        """Look for modules of the checkpoint that the graph has no place for.
 
         Raises:
-            ModelError: a layer is left that must not be.
+            ModelError: one of them is quantized.
         """
-        for site in self.missing:
-            self._tie(site)
-        self._place_norms()
-        left = sorted(set(self.checkpoint.modules) - self.placed)
-        if packed := [name for name in left if self.checkpoint.is_quantized(name)]:
+        left = sorted(set(checkpoint.modules) - placed)
+        if packed := [name for name in left if checkpoint.is_quantized(name)]:
             raise ModelError(
                 f"the graph has no product for layer '{packed[0]}' of the checkpoint: "
                 "give a graph of the same model"
             )
         if left:
             why = f"the graph has no place for {', '.join(left[:4])}: not loaded"
-            self.context.remark("note", LoadCheckpoint.name, "", "", why, modules=len(left))
+            context.remark("note", self.name, "", "", why, modules=len(left))
 
-    # ------------------------------------------------------------------------------- matrices
+
+@dataclass
+class _Matrices:
+    """Weights of products, tables and convolutions.
+
+    Attributes:
+        placed: modules of the checkpoint that have found their place.
+        weights: new weights of products and the order that their data must be in, by modules and
+            old weight.
+        reordered: data in another order, by data, graph and order.
+        tables: old table of each lookup, and the module that has replaced it.
+        missing: products for which the checkpoint has no module.
+    """
+
+    step: LoadCheckpoint
+    model: ir.Model
+    context: Context
+    checkpoint: Checkpoint
+    placed: set[str]
+    weights: dict[tuple[tuple[str, ...], ir.Value], tuple[ir.Value, NDArray[np.int64] | None]] = (
+        field(default_factory=dict)
+    )
+    reordered: dict[tuple[ir.Value, int, bytes], ir.Value] = field(default_factory=dict)
+    tables: list[tuple[ir.Value, str]] = field(default_factory=list)
+    missing: list[Site] = field(default_factory=list)
+
+    def load(self, parts: Sequence[str], sites: Sequence[Site]) -> None:
+        """Place the matrices of modules which compute these sites, side by side."""
+        if not parts:
+            self.missing += [site for site in sites if site.is_product]
+            return
+        for site in sites:
+            if site.is_product:
+                self._product(site, parts, check=self.step.check)
+            elif site.kind not in ("activations", "rnn"):
+                self._table(site, parts[0])
+
+    def tie(self) -> None:
+        """Give products without a module the tables that they shared their weights with.
+
+        Raises:
+            ModelError: a product is left that must not be.
+        """
+        for site in self.missing:
+            self._tie(site)
 
     def _product(self, site: Site, parts: Sequence[str], *, check: bool) -> None:
         key = (tuple(parts), site.weight)
@@ -195,7 +203,7 @@ class _Loading:
         ]
         found = (shapes[0][0], sum(shape[-1] for shape in shapes))
         if found != site.kn or any(shape[0] != found[0] for shape in shapes):
-            raise _misfit(" + ".join(parts), found, site, site.kn)
+            raise misfit(" + ".join(parts), found, site, site.kn)
         if check:
             self._compare(site, parts, layers)
         packed = [layer for layer in layers if layer is not None]
@@ -203,14 +211,16 @@ class _Loading:
         if whole is None:
             if packed:
                 why = f"{', '.join(parts)} differ in bits, groups or order: one float weight"
-                self._remark("declined", site, why)
-            make = partial(_side_by_side, checkpoint, tuple(parts), site.axis)
-            return self._constant(base, make, site.weight), None
+                self.step.remark(self.context, site, "declined", why)
+            make = partial(checkpoint.side_by_side, tuple(parts), site.axis)
+            return _constant(self.model, base, make, site.weight), None
         spec, weight = whole.quantized(site.axis)
-        value = self._constant(base, weight.float, site.weight)
+        value = _constant(self.model, base, weight.float, site.weight)
         set_integers(value, spec, weight)
         what = f"{checkpoint.method} weights of {', '.join(parts)}"
-        self._remark("applied", site, what, bits=whole.bits, group_size=whole.size)
+        self.step.remark(
+            self.context, site, "applied", what, bits=whole.bits, group_size=whole.size
+        )
         return value, whole.order
 
     def _compare(self, site: Site, parts: Sequence[str], layers: Sequence[Layer | None]) -> None:
@@ -223,7 +233,7 @@ class _Loading:
         given = np.asarray(w if site.axis == 1 else w.T, np.float32)
         start = 0
         for part, layer in zip(parts, layers, strict=True):
-            loaded = layer.float() if layer else _matrix(self.checkpoint, part)
+            loaded = layer.float() if layer else self.checkpoint.matrix(part)
             apart, rest = distance(given[:, start : start + loaded.shape[1]], loaded)
             start += loaded.shape[1]
             if not apart < UNLIKE:  # nor NaN
@@ -257,7 +267,7 @@ class _Loading:
             made.type, made.shape = x.type, x.shape
             self.reordered[key] = made
             why = "act-order: a Gather brings its data into the order of the weight's groups"
-            self._remark("note", site, why)
+            self.step.remark(self.context, site, "note", why)
         return self.reordered[key]
 
     def _table(self, site: Site, part: str) -> None:
@@ -267,13 +277,13 @@ class _Loading:
             return
         found = self.checkpoint.shape(name)
         if found != tuple(dims(site.weight)):
-            raise _misfit(part, found, site, tuple(d or 0 for d in dims(site.weight)))
+            raise misfit(part, found, site, tuple(d or 0 for d in dims(site.weight)))
         make = partial(self.checkpoint.tensor, name)
-        if self.check and not near(make(), array(site.weight)):
+        if self.step.check and not near(make(), array(site.weight)):
             raise unlike(part, site)
         release(site.weight)
         self.tables.append((site.weight, part))
-        value = self._constant(f"{site.weight.name}_loaded", make, site.weight)
+        value = _constant(self.model, f"{site.weight.name}_loaded", make, site.weight)
         site.node.replace_input_with(site.w_index, value)
         self.placed.add(part)
 
@@ -283,27 +293,32 @@ class _Loading:
             if site.kn == tuple(dims(table))[::-1] and tied(table, site):
                 self._product(site, [part], check=False)
                 return
-        if not self.check:
+        if not self.step.check:
             raise ModelError(
                 f"the checkpoint has no weights for layer '{site.name}' of the graph: "
                 "give a graph of the same model"
             )
-        self._remark("warning", site, "not in the checkpoint: keeps the weights of the graph")
+        self.step.remark(
+            self.context, site, "warning", "not in the checkpoint: keeps the weights of the graph"
+        )
 
-    def _constant(self, base: str, make: Callable[[], NDArray[Any]], old: ir.Value) -> ir.Value:
-        """A constant in place of `old`, computed whenever it is read."""
-        like = constant_tensor(old)
-        dtype, shape = like.dtype, like.shape.numpy()
-        lazy = computed(lambda: np.ascontiguousarray(make()), dtype, shape)
-        return add_constant(self.model, base, lazy)
 
-    def _remark(self, kind: Kind, site: Site, message: str, **numbers: float) -> None:
-        op = site.node.op_type
-        self.context.remark(kind, LoadCheckpoint.name, site.name, op, message, **numbers)
+@dataclass
+class _Vectors:
+    """Biases, and weights of norms.
 
-    # -------------------------------------------------------------------------------- vectors
+    Attributes:
+        placed: modules of the checkpoint that have found their place.
+        norms: weights of norms, and where they belong.
+    """
 
-    def _vector(
+    step: LoadCheckpoint
+    model: ir.Model
+    checkpoint: Checkpoint
+    placed: set[str]
+    norms: list[tuple[Float, ir.Node, int]] = field(default_factory=list)
+
+    def load(
         self,
         parts: Sequence[str],
         parameter: str,
@@ -340,26 +355,35 @@ class _Loading:
     def _place_vector(self, found: NDArray[Any], node: ir.Node, index: int) -> None:
         old = input_of(node, index)
         make = partial(found.reshape, [d or 1 for d in dims(old)])
-        node.replace_input_with(index, self._constant(f"{old.name}_loaded", make, old))
+        node.replace_input_with(index, _constant(self.model, f"{old.name}_loaded", make, old))
 
-    def _place_norms(self) -> None:
+    def place_norms(self) -> None:
         """Some models multiply by 1 + w, which their graphs hold as one constant: whether this one
         does, its own weights tell. AWQ changes some of them, so the majority counts.
 
         Raises:
             ModelError: it may be such a model, and its graph cannot tell.
         """
-        if not self.check and self.checkpoint.model_type.startswith(ONE_MORE):
+        if not self.step.check and self.checkpoint.model_type.startswith(ONE_MORE):
             raise ModelError(
                 f"norms of {self.checkpoint.model_type} may add one to their weights, which random "
                 "weights do not show: give the float model, and check=true"
             )
         votes = 0
-        for found, node, index in self.norms if self.check else ():
+        for found, node, index in self.norms if self.step.check else ():
             old = array(node.inputs[index])
             votes += near(found + 1, old) - near(found, old)
         for found, node, index in self.norms:
             self._place_vector(found + 1 if votes > 0 else found, node, index)
+
+
+def _constant(
+    model: ir.Model, base: str, make: Callable[[], NDArray[Any]], old: ir.Value
+) -> ir.Value:
+    """A constant in place of `old`, computed whenever it is read."""
+    like = constant_tensor(old)
+    lazy = computed(lambda: np.ascontiguousarray(make()), like.dtype, like.shape.numpy())
+    return add_constant(model, base, lazy)
 
 
 def _is_vector(value: ir.Value | None, size: int) -> bool:
@@ -368,23 +392,3 @@ def _is_vector(value: ir.Value | None, size: int) -> bool:
     if tensor is None or tensor.dtype not in FLOATS:
         return False
     return tensor.size == size and size in (*tensor.shape.numpy(), 1)
-
-
-def _matrix(checkpoint: Checkpoint, part: str) -> Float:
-    """The weight of a linear layer as (K, N), of float layers too."""
-    if checkpoint.is_quantized(part):
-        return checkpoint.layer(part).float()
-    return checkpoint.tensor(f"{part}.weight").astype(np.float32).T
-
-
-def _side_by_side(checkpoint: Checkpoint, parts: Sequence[str], axis: int) -> Float:
-    whole = np.concatenate([_matrix(checkpoint, part) for part in parts], axis=1)
-    return whole if axis == 1 else whole.T
-
-
-def _misfit(what: str, found: tuple[int, ...], site: Site, given: tuple[int, ...]) -> ModelError:
-    have, want = ("x".join(map(str, shape)) for shape in (found, given))
-    return ModelError(
-        f"layer '{what}' of the checkpoint is {have}, but '{site.name}' of the graph is {want}: "
-        "give a graph of the same model"
-    )

@@ -187,6 +187,30 @@ def test_the_rule_knows_an_import_of_torch(source: str, needs: bool) -> None:
     assert _needs_torch(source) is needs
 
 
+METADATA = ("graph.annotation", "graph.names", "io.models", "torch.from_module", "torch.to_module")
+"""The modules that open `meta`; everybody else calls their functions."""
+
+
+def test_metadata_is_opened_in_few_modules() -> None:
+    opening = {module for module, path in _sources() if re.search(r"\.meta\b", path.read_text())}
+    assert opening <= set(METADATA)
+
+
+@pytest.mark.parametrize("name", ["CPUExecutionProvider", "com.microsoft"])
+def test_names_of_onnxruntime_are_spelled_once(name: str) -> None:
+    texts = [path.read_text() for _, path in _sources()]
+    assert sum(text.count(f'"{name}"') for text in texts) == 1
+
+
+def test_modules_and_classes_stay_small() -> None:
+    for module, path in _sources():
+        text = path.read_text()
+        assert text.count("\n") <= 400, module
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef) and node.end_lineno is not None:
+                assert node.end_lineno - node.lineno < 200, node.name
+
+
 def test_no_private_module_of_onnx_ir_is_used() -> None:
     for _, path in _sources():
         for name in _imports(ast.parse(path.read_text())):

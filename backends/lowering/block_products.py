@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.backends.lowering.match import INT8_COMPUTE, blocks_of, fewest_bits, gemm_bias
-from qgraph.graph.editing import insert, replace, shared_constant
+from qgraph.graph.editing import insert, replace, shared_constant, typed
 from qgraph.graph.functions import ROUND_IN_BLOCKS, is_call
 from qgraph.graph.reading import MICROSOFT, array, attribute, is_op, nodes
 from qgraph.numerics.packing import pack
@@ -140,13 +140,6 @@ def multiply_in_blocks(
     )  # fmt: skip
     bias = gemm_bias(model, node)
     if bias is not None:
-        _typed(made, node)
+        typed(made, node.outputs[0].dtype, node.outputs[0].shape)
         made = insert(model, node, "Add", [*made.outputs, bias], base=f"{base}_Add")
     replace(node, made.outputs[0])
-
-
-def _typed(node: ir.Node, like: ir.Node) -> ir.Value:
-    """The result of `node` with the type and shape of that of `like`."""
-    result, other = node.outputs[0], like.outputs[0]
-    result.type, result.shape = other.type, other.shape
-    return result

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.backends.lowering.match import blocks_of, fewest_bits
 from qgraph.backends.lowering.tables import turn_of
-from qgraph.graph.editing import add_constant, insert, redirect, shared_constant
+from qgraph.graph.editing import add_constant, insert, redirect, shared_constant, typed
 from qgraph.graph.reading import (
     MICROSOFT,
     array,
@@ -129,12 +129,6 @@ def _bytes(model: ir.Model, node: ir.Node, name: str, packed: np.ndarray) -> ir.
             shared_constant(model, f"qgraph/number_{edge}", np.array([edge], np.int64))
             for edge in (0, width, 1)
         ]
-        _typed(made, wide.shape)
+        typed(made, ir.DataType.UINT8, wide.shape)
         made = insert(model, node, "Slice", [*made.outputs, *edges], base=f"{name}_unpadded")
-    return _typed(made, packed.shape)
-
-
-def _typed(node: ir.Node, shape: tuple[int, ...]) -> ir.Value:
-    made = node.outputs[0]
-    made.type, made.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape(shape)
-    return made
+    return typed(made, ir.DataType.UINT8, packed.shape)

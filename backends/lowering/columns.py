@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.backends.lowering.match import Blocks, blocks_of, dynamic_data
 from qgraph.graph.builder import Builder
-from qgraph.graph.editing import add_constant, insert, shared_constant
+from qgraph.graph.editing import add_constant, insert, shared_constant, typed
 from qgraph.graph.reading import array, attribute, constant, constant_array, dims, is_op, nodes
 from qgraph.numerics.reference import SMALLEST_SCALE
 
@@ -68,7 +68,7 @@ def _int8(model: ir.Model, anchor: ir.Node, value: ir.Value) -> ir.Value:
         return value
     to = {"to": int(ir.DataType.INT8)}
     cast = insert(model, anchor, "Cast", [value], base=f"{value.name}_int8", attributes=to)
-    return _typed(cast, value)
+    return typed(cast, ir.DataType.INT8, value.shape)
 
 
 def _unpack(model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks, limit: int) -> None:
@@ -125,9 +125,3 @@ def _block_peaks(q: np.ndarray, blocks: Blocks) -> np.ndarray:
     high = np.maximum.reduceat(q, starts, axis=blocks.axis) - zeros
     peaks: np.ndarray = np.maximum(np.abs(low), np.abs(high)) * np.abs(blocks.scales)
     return peaks
-
-
-def _typed(node: ir.Node, like: ir.Value) -> ir.Value:
-    output = node.outputs[0]
-    output.type, output.shape = ir.TensorType(ir.DataType.INT8), like.shape
-    return output

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qgraph.graph.editing import insert
+from qgraph.graph.editing import insert, typed
 
 
 class Builder:
@@ -35,7 +35,4 @@ class Builder:
             self.model, self.anchor, op_type, inputs,
             base=f"{self.prefix}{op_type}", attributes=attributes, domain=domain,
         )  # fmt: skip
-        result = node.outputs[0]
-        result.type = ir.TensorType(dtype)
-        result.shape = shape if shape is None or isinstance(shape, ir.Shape) else ir.Shape(shape)
-        return result
+        return typed(node, dtype, shape)

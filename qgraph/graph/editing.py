@@ -131,6 +131,16 @@ def insert(
     return node
 
 
+def typed(
+    node: ir.Node, dtype: ir.DataType | None, shape: ir.Shape | Sequence[int] | None
+) -> ir.Value:
+    """The first result of `node`, of this dtype and shape from now on (None: unknown)."""
+    result = node.outputs[0]
+    result.type = None if dtype is None else ir.TensorType(dtype)
+    result.shape = shape if shape is None or isinstance(shape, ir.Shape) else ir.Shape(shape)
+    return result
+
+
 def redirect(old: ir.Value, new: ir.Value, *, keep: Sequence[ir.Node] = ()) -> None:
     """Make every user of `old`, graph outputs included, use `new`; nodes in `keep` stay on `old`.
 

@@ -7,15 +7,17 @@ write them; see :mod:`qgraph.io.checkpoints.packed_layers` for what is in the te
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qgraph.errors import ModelError
 from qgraph.io.checkpoints.packed_layers import Layer, awq_layer, bnb_layer, gptq_layer
+from qgraph.numerics.reference import Float
 
 Array = NDArray[Any]
 
@@ -106,6 +108,17 @@ class Checkpoint:
             raise ModelError(
                 f"checkpoint layer '{module}' does not fit its format ({self.method}): {error}"
             ) from None
+
+    def matrix(self, module: str) -> Float:
+        """The weight of a linear layer, quantized or float, as float32 (K, N)."""
+        if self.is_quantized(module):
+            return self.layer(module).float()
+        return self.tensor(f"{module}.weight").astype(np.float32).T
+
+    def side_by_side(self, modules: Sequence[str], axis: int) -> Float:
+        """The weights of linear layers that have the same data, their outputs along `axis`."""
+        whole = np.concatenate([self.matrix(module) for module in modules], axis=1)
+        return whole if axis == 1 else whole.T
 
     def _layer(self, module: str) -> Layer:
         def read(parameter: str) -> Array:

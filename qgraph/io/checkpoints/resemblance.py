@@ -71,3 +71,12 @@ def distance(given: Float, loaded: Float) -> tuple[float, Float]:
     rest = loaded - fitted(given, loaded)
     size = float(np.linalg.norm(loaded))
     return (float(np.linalg.norm(rest)) / size if size else 0.0), rest
+
+
+def misfit(what: str, found: tuple[int, ...], site: Site, given: tuple[int, ...]) -> ModelError:
+    """What is said of a layer that has another shape than its site."""
+    have, want = ("x".join(map(str, shape)) for shape in (found, given))
+    return ModelError(
+        f"layer '{what}' of the checkpoint is {have}, but '{site.name}' of the graph is {want}: "
+        "give a graph of the same model"
+    )
