@@ -8,10 +8,45 @@ from typing import get_type_hints
 from qgraph.errors import QGraphError
 
 # In the order in which users see the recipes: each module lists its own when it is loaded.
-from qgraph.recipes import eight_bits, qat, transformers, weight_only  # noqa: F401
+from qgraph.recipes.eight_bits import dynamic, static
+from qgraph.recipes.qat import qat
 from qgraph.recipes.recipe import RECIPES, Recipe
+from qgraph.recipes.transformers import llm_int8, smoothquant, w8a8, zeroquant
+from qgraph.recipes.weight_only import (
+    adaround,
+    autoround,
+    awq,
+    checkpoint,
+    fp4,
+    fp8,
+    gptq,
+    hqq,
+    nf4,
+    rtn,
+)
 
-__all__ = ["RECIPES", "Recipe", "get_recipe"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "adaround",
+    "autoround",
+    "awq",
+    "checkpoint",
+    "dynamic",
+    "fp4",
+    "fp8",
+    "get_recipe",
+    "gptq",
+    "hqq",
+    "llm_int8",
+    "nf4",
+    "qat",
+    "rtn",
+    "smoothquant",
+    "static",
+    "w8a8",
+    "zeroquant",
+]
 
 
 def get_recipe(name: str, parameters: dict[str, object]) -> Recipe:
