@@ -1,16 +1,14 @@
 """The caches of keys and values that language models return: inputs and outputs, or left out.
 
-torch.export knows tensors, not the `DynamicCache` of transformers. While a module is traced, its
-`forward` is replaced by one that takes and gives tensors in the place of caches.
+torch.export knows tensors, not the `DynamicCache` of transformers. What stands here wraps `forward`
+for the time of a trace, so that it takes and gives tensors in the place of caches.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qgraph.errors import ModelError
@@ -25,24 +23,9 @@ EXAMPLE = 5
 """Tokens in the example of a past: neither 0 nor 1, which torch.export takes for constants."""
 
 
-@contextlib.contextmanager
-def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` with another forward, which keeps the signature of `forward`; then as it was."""
-    before = vars(module).get("forward")
-    object.__setattr__(module, "forward", forward)
-    try:
-        yield
-    finally:
-        if before is None:
-            object.__delattr__(module, "forward")
-        else:
-            object.__setattr__(module, "forward", before)
-
-
 def without_caches(forward: Callable[..., Any], left_out: list[str]) -> Callable[..., Any]:
     """`forward` with None for each cache in its result; the kinds of caches go to `left_out`."""
 
-    @functools.wraps(forward)
     def plain(*args: Any, **kwargs: Any) -> Any:
         return _emptied(forward(*args, **kwargs), left_out)
 
@@ -53,12 +36,18 @@ def _emptied(result: Any, left_out: list[str]) -> Any:
     if _is_cache(result):
         left_out.append(type(result).__name__)
         return None
+    if not _holds_cache(result):
+        return result
     if isinstance(result, Mapping):
         parts = {key: _emptied(part, left_out) for key, part in result.items()}
         return parts if type(result) is dict else type(result)(**parts)
-    if type(result) in (tuple, list):
-        return type(result)(_emptied(part, left_out) for part in result)
-    return result
+    return type(result)(_emptied(part, left_out) for part in result)
+
+
+def _holds_cache(result: Any) -> bool:
+    parts = result.values() if isinstance(result, Mapping) else result
+    plain = isinstance(result, Mapping) or type(result) in (tuple, list)
+    return plain and any(_is_cache(part) or _holds_cache(part) for part in parts)
 
 
 def with_past(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,11 +8,10 @@ each token. While a module is traced, each expert is a product with a weight of 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from qgraph.torch.caches import replaced_forward
+from qgraph.torch.signature import replaced_forward
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +23,7 @@ def expert_by_expert(module: torch.nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as restored:
         for part in module.modules():
             if _is_mixture(part):
-                forward = functools.partial(_each_expert, part)
-                restored.enter_context(replaced_forward(part, forward))
+                restored.enter_context(replaced_forward(part, lambda _: _each_expert))
         yield
 
 

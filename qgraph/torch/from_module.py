@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -20,10 +20,10 @@ from qgraph.errors import ModelError
 from qgraph.graph.names import numbered
 from qgraph.graph.provenance import layer
 from qgraph.graph.reading import graphs, nodes
-from qgraph.torch.caches import add_past, past_names, replaced_forward, with_past, without_caches
+from qgraph.torch.caches import add_past, past_names, with_past, without_caches
 from qgraph.torch.experts import expert_by_expert
 from qgraph.torch.failures import axes_not_free, explain
-from qgraph.torch.signature import all_shapes, bind, values_by_name, with_names
+from qgraph.torch.signature import all_shapes, bind, replaced_forward, values_by_name, with_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,10 +86,12 @@ def trace(
         try:
             if cache:
                 values, shapes = add_past(module, values, shapes)
-            forward = (
-                with_past(module.forward) if cache else without_caches(module.forward, left_out)
-            )
-            with replaced_forward(module, with_names(forward, arguments, [*values])):
+
+            def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+                inner = with_past(forward) if cache else without_caches(forward, left_out)
+                return with_names(inner, arguments, [*values])
+
+            with replaced_forward(module, wrap):
                 program = torch.onnx.export(
                     module,
                     (*values.values(), {}),  # a last dict is taken for the kwargs

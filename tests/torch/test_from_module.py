@@ -202,6 +202,17 @@ def test_the_module_is_left_as_it_was() -> None:
     module(torch.zeros(2, 5, dtype=torch.int64))["logits"].sum().backward()
 
 
+def test_a_forward_of_the_instance_is_traced_and_stays() -> None:
+    module = Block().eval()
+    plain = module.forward
+    module.forward = own = lambda x: plain(x) * 2  # as hooks of accelerate do
+    model = trace(module, torch.ones(2, 8))
+    assert type(module) is Block
+    assert module.forward is own
+    assert "linear/Gemm" in {node.name for node in nodes(model)}
+    close(outputs(model, torch.ones(2, 8))["output"], own(torch.ones(2, 8)))
+
+
 class Branches(torch.nn.Module):
     def forward(self, x: Any) -> Any:
         return x + 1 if x.sum() > 0 else x
