@@ -205,7 +205,11 @@ def test_the_module_is_left_as_it_was() -> None:
 def test_a_forward_of_the_instance_is_traced_and_stays() -> None:
     module = Block().eval()
     plain = module.forward
-    module.forward = own = lambda x: plain(x) * 2  # as hooks of accelerate do
+
+    def own(x: Any) -> Any:
+        return plain(x) * 2
+
+    module.forward = own  # type: ignore[method-assign]  # as hooks of accelerate do
     model = trace(module, torch.ones(2, 8))
     assert type(module) is Block
     assert module.forward is own
