@@ -1,0 +1,69 @@
+"""What the target `cuda` takes, and what it makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qgraph.backends.cuda.lowering import lower_to_functions
+from qgraph.graph.ops import lowest_value
+from qgraph.graph.sites import Site
+from qgraph.io.session import open_session
+from qgraph.numerics.spec import PerAxis, PerBlock, PerToken, QuantSpec
+from qgraph.numerics.tokens import token_grid
+from qgraph.pipeline.target import Verdict
+
+_ELSEWHERE = {
+    "conv": "convolutions have no int8 kernel here: target cpu has them, with recipe static",
+    "conv_transpose": "convolutions have no int8 kernel here: target cpu has them",
+    "gather": "tables stay float here: targets cpu and onnx keep them in int8",
+    "rnn": "recurrent operators have no int8 kernel",
+    "activations": "products of two computed values have no int8 kernel",
+}
+"""Why other kinds of sites stay float, and what takes them."""
+_BY_TOKEN = "recipes w8a8, smoothquant, llm-int8, zeroquant and dynamic give scales by token"
+
+
+@dataclass(frozen=True)
+class CudaTarget:
+    """NVIDIA GPUs: products of int8 weights by channel and int8 activations by token.
+
+    The lowered model is still one of ONNX, with calls of functions whose bodies are standard
+    operators; what runs on a GPU is a torch module made of it.
+    """
+
+    name: str = "cuda"
+    saturates: bool = False
+    measured: bool = False
+
+    open_session = staticmethod(open_session)
+
+    def supports(self, site: Site, activation: QuantSpec | None, weight: QuantSpec) -> Verdict:
+        why = _lacking(site, activation, weight)
+        return Verdict(why is None, why or "int8 kernels take it")
+
+    def supports_glue(self, node: ir.Node) -> bool:
+        return False
+
+    def legalize(self, model: ir.Model) -> bool:
+        return lower_to_functions(model)
+
+
+def _lacking(site: Site, activation: QuantSpec | None, weight: QuantSpec) -> str | None:
+    """Why there is no kernel, and what to do about it; None if there is one."""
+    if not site.is_product:
+        return _ELSEWHERE[site.kind]
+    if activation is None:
+        return f"weights alone have no kernel here yet: {_BY_TOKEN}"
+    if isinstance(activation.granularity, PerBlock) or isinstance(weight.granularity, PerBlock):
+        return "blocks have no kernel here yet: group_size=0 gives a scale for each channel"
+    if not isinstance(activation.granularity, PerToken):
+        return f"one scale for a run has no kernel here: {_BY_TOKEN}"
+    by_channel = weight.granularity == PerAxis(site.axis)
+    if weight.dtype != ir.DataType.INT8 or not (by_channel and weight.symmetric):
+        return "only symmetric int8 weights by channel have a kernel here: bits=8"
+    columns, zero = site.kn[0], token_grid(lowest_value(site.x)).zero
+    if columns * 128 * max(zero, 255 - zero, 128) >= 2**31:
+        return f"sums of {columns} products may not fit into 32 bits"
+    return None
