@@ -17,7 +17,7 @@ from qgraph.graph.annotation import (
     set_use_specs,
     weight_spec,
 )
-from qgraph.graph.editing import add_constant, derived, insert, redirect, remove_dead
+from qgraph.graph.editing import add_constant, derived, insert, redirect, remove_dead, typed
 from qgraph.graph.reading import constant, constant_array, constant_tensor, dims, release
 from qgraph.graph.sites import Site, sites
 from qgraph.numerics.spec import PerAxis, PerBlock
@@ -177,15 +177,14 @@ def _append(
 ) -> ir.Node:
     """Put an operator behind `node`, for all that read its result."""
     old = node.outputs[0]
-    made = insert(
+    behind = insert(
         model, node, op_type, [old, *operands],
         base=f"{old.name}_{base}", attributes=attributes, after=True,
     )  # fmt: skip
-    new = made.outputs[0]
-    new.type, new.shape = old.type, old.shape
-    redirect(old, new, keep=[made])
+    new = typed(behind, old.dtype, old.shape)
+    redirect(old, new, keep=[behind])
     move_annotations(old, new)
-    return made
+    return behind
 
 
 def column_factors(table: np.ndarray) -> np.ndarray:

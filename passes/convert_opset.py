@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qgraph.graph.editing import add_constant, lift_constant, redirect
+from qgraph.graph.editing import add_constant, lift_constant
 from qgraph.graph.names import fresh_name
 from qgraph.graph.reading import INLINE_BYTES, constant, is_op, node_name, nodes, opset
 from qgraph.graph.types import infer_types
@@ -216,16 +216,11 @@ def _replace(model: ir.Model, node: ir.Node, part: list[ir.Node], results: list[
             if value.name:
                 value.name = fresh_name(model, f"{name}_{new.op_type}")
         new.name = name if new is part[-1] else new.outputs[0].name
-    graph.insert_before(node, part)
     olds = [value for value in node.outputs if value.name]
     for old, result in zip(olds, results, strict=True):
-        if old.is_graph_output():
-            redirect(old, result)
-        else:
-            old.replace_all_uses_with(result)
-            result.name, old.name = old.name, None
         result.type, result.shape = old.type, old.shape
         result.metadata_props.update(old.metadata_props)
-    graph.remove(node, safe=True)
+    # The values are the same ones, said in another opset: they keep their names, too.
+    ir.convenience.replace_nodes_and_values(graph, node, [node], part, olds, results)
     for new in part:
         lift_constant(model, new)

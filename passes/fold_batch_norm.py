@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.annotation import Stage
-from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
-from qgraph.graph.reading import array, attribute, dims, is_op, node_name, scope
+from qgraph.graph.editing import add_constant, insert, remove_dead, replace
+from qgraph.graph.reading import array, attribute, dims, is_op, node_name
 from qgraph.graph.sites import Site, only_user, site_of
 from qgraph.numerics.reference import along
 from qgraph.pipeline.context import Context
@@ -118,10 +118,7 @@ class FoldBatchNorm(Pass):
         else:
             inputs = [node.outputs[0], bias_value]
             last = insert(model, node, "Add", inputs, base=f"{site.name}_biased", after=True)
-        redirect(follower.outputs[0], last.outputs[0])
-        last.outputs[0].type = follower.outputs[0].type
-        last.outputs[0].shape = follower.outputs[0].shape
-        scope(follower).remove(follower, safe=True)
+        replace(follower, last.outputs[0], takes_name=False)
 
 
 def batch_norm_affine(

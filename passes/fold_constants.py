@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.editing import lift_constant, replace_by_constants
+from qgraph.graph.editing import lift_constant, redirect, replace_by_constants, typed
 from qgraph.graph.names import fresh_name, unique_names
 from qgraph.graph.ops import QUANTIZERS, RANDOM
 from qgraph.graph.reading import attribute, constant, is_op
@@ -239,10 +239,8 @@ def _inline_if(model: ir.Model, node: ir.Node) -> bool:
         # A name for the result that nothing else has: canonicalization removes what is not needed.
         copy = ir.node("Identity", [new], name=fresh_name(model, f"{old.name}_taken"))
         copy.outputs[0].name = fresh_name(model, f"{old.name}_taken")
-        copy.outputs[0].type, copy.outputs[0].shape = new.type, new.shape
         graph.insert_before(node, copy)
-        if old.is_graph_output():
-            copy.outputs[0].name, old.name = old.name, None
-        old.replace_all_uses_with(copy.outputs[0], replace_graph_outputs=True)
+        # Not `replace`: the branch knows its types, the If what both branches have in common.
+        redirect(old, typed(copy, new.dtype, new.shape))
     graph.remove(node, safe=True)
     return True

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.annotation import Stage
-from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
-from qgraph.graph.reading import array, dims, is_op, node_name, scope
+from qgraph.graph.editing import add_constant, insert, remove_dead, replace
+from qgraph.graph.reading import array, dims, is_op, node_name, producer
 from qgraph.graph.types import infer_types
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -66,16 +66,16 @@ class Fuse(Pass):
             return False
         value, most = top
         gate: ir.Value | None = None
-        found = _clipped(value, most)
+        clipped = _clipped(value, most)
         product = value.producer()
-        if found is None and is_op(product, "Mul"):
+        if clipped is None and is_op(product, "Mul"):
             left, right = product.inputs
-            found, gate = _clipped(right, most), left
-            if found is None:
-                found, gate = _clipped(left, most), right
-        if found is None:
+            clipped, gate = _clipped(right, most), left
+            if clipped is None:
+                clipped, gate = _clipped(left, most), right
+        if clipped is None:
             return False
-        x, offset = found
+        x, offset = clipped
         attributes: Attributes = {"alpha": 1 / most, "beta": offset / most}
         base = f"{node_name(last)}_HardSigmoid"
         new = insert(model, last, "HardSigmoid", [x], base=base, attributes=attributes)
@@ -121,9 +121,7 @@ class Fuse(Pass):
     def _replace(self, last: ir.Node, new: ir.Node, context: Context, message: str) -> None:
         new.metadata_props.update(last.metadata_props)
         context.remark("applied", self.name, node_name(last), last.op_type, message)
-        new.outputs[0].type, new.outputs[0].shape = last.outputs[0].type, last.outputs[0].shape
-        redirect(last.outputs[0], new.outputs[0])
-        scope(last).remove(last, safe=True)
+        replace(last, new.outputs[0], takes_name=False)
 
 
 def _with_constant(node: ir.Node | None) -> tuple[ir.Value, np.ndarray] | None:
@@ -131,10 +129,10 @@ def _with_constant(node: ir.Node | None) -> tuple[ir.Value, np.ndarray] | None:
     if node is None or len(node.inputs) != 2:
         return None
     for value, other in (node.inputs, node.inputs[::-1]):
-        found = array(other)
-        if value is None or found is None or array(value) is not None:
+        number = array(other)
+        if value is None or number is None or array(value) is not None:
             continue
-        return (value, found) if found.ndim <= len(dims(value)) else None
+        return (value, number) if number.ndim <= len(dims(value)) else None
     return None
 
 
@@ -156,9 +154,7 @@ def _clipped(value: ir.Value | None, most: float) -> tuple[ir.Value, float] | No
     node = value.producer() if value is not None else None
     if node is None or not is_op(node, "Clip") or len(node.inputs) != 3:
         return None
-    low, high = array(node.inputs[1]), array(node.inputs[2])
-    source = node.inputs[0]
-    add = source.producer() if source is not None else None
+    low, high, add = array(node.inputs[1]), array(node.inputs[2]), producer(node, 0)
     if low is None or high is None or low.item() != 0 or not np.isclose(high.item(), most, 1e-6):
         return None
     operands = _with_constant(add) if is_op(add, "Add") else None

@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.editing import insert, redirect, shared_constant
+from qgraph.graph.editing import insert, redirect, replace, shared_constant, typed
 from qgraph.graph.functions import QUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import MICROSOFT, array, dims, input_of, is_op, nodes, opset, scope
+from qgraph.graph.reading import MICROSOFT, array, dims, input_of, is_op, nodes, opset, producer
 from qgraph.graph.sites import only_user
 from qgraph.numerics.reference import SMALLEST_SCALE
 
@@ -47,14 +47,13 @@ def defer_scales(model: ir.Model) -> bool:
     """
     changed = False
     for quantizer in [node for node in nodes(model) if is_call(node, QUANTIZE_PER_TOKEN)]:
-        value, floor = quantizer.inputs[0], array(quantizer.inputs[3])
-        gating = value.producer() if value is not None else None
-        if not is_op(gating, "Mul") or gating is None or only_user(gating.outputs[0]) is None:
+        gating, floor = producer(quantizer, 0), array(quantizer.inputs[3])
+        if not is_op(gating, "Mul") or only_user(gating.outputs[0]) is None:
             continue
         if floor is None or floor > SMALLEST_SCALE:
             continue  # the floor bounds magnitudes that include the one to be deferred
-        for index, factor in enumerate(gating.inputs):
-            scaling = factor.producer() if factor is not None else None
+        for index in range(len(gating.inputs)):
+            scaling = producer(gating, index)
             if scaling is None or not _scales_tokens(scaling):
                 continue
             largest = quantizer.outputs[1]
@@ -62,8 +61,7 @@ def defer_scales(model: ir.Model) -> bool:
                 model, quantizer, "Mul", [largest, scaling.inputs[1]],
                 base=f"{largest.name}_total", after=True,
             )  # fmt: skip
-            total.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-            redirect(largest, total.outputs[0], keep=[total])
+            redirect(largest, typed(total, ir.DataType.FLOAT, None), keep=[total])
             gating.replace_input_with(index, scaling.inputs[0])
             changed = True
             break
@@ -74,7 +72,7 @@ def _scales_tokens(node: ir.Node) -> bool:
     """Whether `node` multiplies an integer product by its tokens' magnitudes, for one user."""
     if not is_op(node, "Mul") or only_user(node.outputs[0]) is None:
         return False
-    product, largest = (v.producer() if v is not None else None for v in node.inputs)
+    product, largest = producer(node, 0), producer(node, 1)
     return is_op(product, "MatMulIntegerToFloat", domain=MICROSOFT) and is_call(
         largest, QUANTIZE_PER_TOKEN
     )
@@ -98,22 +96,17 @@ def _lower(model: ir.Model, node: ir.Node, known: dict[tuple[object, ...], ir.Va
     width = dims(x)[-1] if len(dims(x)) > 1 else None  # blocks need a second axis
     if opset(model) >= BLOCKED and width is not None:
         scale = add("Mul", [largest.outputs[0], step], base=f"{base}_scale")
-        scale.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         zeros = _zero_points(model, node, largest.outputs[0], known)
         q = add(
-            "QuantizeLinear", [x, scale.outputs[0], zeros],
+            "QuantizeLinear", [x, typed(scale, ir.DataType.FLOAT, None), zeros],
             base=f"{base}_rounded", attributes={"axis": -1, "block_size": width},
         )  # fmt: skip
     else:
         scaled = add("Div", [x, largest.outputs[0]], base=f"{base}_scaled")
-        scaled.outputs[0].type, scaled.outputs[0].shape = x.type, x.shape
-        q = add("QuantizeLinear", [scaled.outputs[0], step, zero], base=f"{base}_rounded")
-    magnitude.outputs[0].type, magnitude.outputs[0].shape = x.type, x.shape
-    largest.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    q.outputs[0].type, q.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), x.shape
-    redirect(node.outputs[0], q.outputs[0])
-    redirect(node.outputs[1], largest.outputs[0])
-    scope(node).remove(node, safe=True)
+        inputs = [typed(scaled, x.dtype, x.shape), step, zero]
+        q = add("QuantizeLinear", inputs, base=f"{base}_rounded")
+    typed(magnitude, x.dtype, x.shape)
+    replace(node, q.outputs[0], largest.outputs[0], takes_name=False)
 
 
 def _zero_points(
@@ -127,8 +120,7 @@ def _zero_points(
     if key not in known:
         base = f"{largest.name}_tokens"
         shape = insert(model, node, "Shape", [largest], base=base)
-        shape.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        zeros = insert(model, node, "Expand", [zero, shape.outputs[0]], base=f"{base}_zero")
-        zeros.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
-        known[key] = zeros.outputs[0]
+        inputs = [zero, typed(shape, ir.DataType.INT64, None)]
+        zeros = insert(model, node, "Expand", inputs, base=f"{base}_zero")
+        known[key] = typed(zeros, ir.DataType.UINT8, None)
     return known[key]

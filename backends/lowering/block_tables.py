@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.backends.lowering.match import blocks_of, fewest_bits
 from qgraph.backends.lowering.tables import turn_of
-from qgraph.graph.editing import add_constant, insert, redirect, shared_constant, typed
+from qgraph.graph.editing import add_constant, insert, replace, shared_constant, typed
 from qgraph.graph.reading import (
     MICROSOFT,
     array,
@@ -18,7 +18,6 @@ from qgraph.graph.reading import (
     is_op,
     nodes,
     producer,
-    scope,
 )
 from qgraph.numerics.packing import pack
 
@@ -55,8 +54,7 @@ class _Table:
         scales: float32, (rows, blocks).
         zeros: int32, (rows, blocks), or None where all are 0.
         size: of blocks.
-        result: what the lookup computes, turned back into rows if need be.
-        done: the nodes that compute it.
+        done: the lookup, and what turns its result back into rows if need be.
     """
 
     name: str
@@ -64,7 +62,6 @@ class _Table:
     scales: np.ndarray
     zeros: np.ndarray | None
     size: int
-    result: ir.Value
     done: list[ir.Node]
 
 
@@ -81,10 +78,9 @@ def _table(node: ir.Node) -> _Table | None:
     rows, scales, zeros = np.asarray(q, np.int16), blocks.scales, blocks.zeros
     if axis == 1:
         rows, scales, zeros = rows.T, scales.T, None if zeros is None else zeros.T
-    done = [node] if turn is None or axis == 0 else [turn, node]
+    done = [node] if turn is None or axis == 0 else [node, turn]
     name = dq.inputs[0].name if dq.inputs[0] is not None else None
-    result = done[0].outputs[0]
-    return _Table(name or "table", rows, scales, zeros, blocks.size, result, done)
+    return _Table(name or "table", rows, scales, zeros, blocks.size, done)
 
 
 def _lower(model: ir.Model, node: ir.Node, table: _Table) -> None:
@@ -101,15 +97,11 @@ def _lower(model: ir.Model, node: ir.Node, table: _Table) -> None:
         zeros = pack((table.zeros + lift).astype(np.uint8), bits)
         inputs.append(shared_constant(model, f"{table.name}_zeros", zeros))
     attributes = {"bits": bits, "block_size": table.size, "gather_axis": 0, "quantize_axis": 1}
-    made = insert(
+    lookup = insert(
         model, node, "GatherBlockQuantized", inputs,
-        base=f"{table.result.name}_rows", attributes=attributes, domain=MICROSOFT,
+        base=f"{table.done[-1].outputs[0].name}_rows", attributes=attributes, domain=MICROSOFT,
     )  # fmt: skip
-    y = made.outputs[0]
-    y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), table.result.shape
-    redirect(table.result, y)
-    made.name = node.name
-    scope(node).remove(table.done, safe=True)
+    replace(table.done, lookup.outputs[0])
 
 
 def _bytes(model: ir.Model, node: ir.Node, name: str, packed: np.ndarray) -> ir.Value:

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.backends.lowering.match import stored, symmetric_scale
-from qgraph.graph.editing import add_constant, insert, redirect
-from qgraph.graph.reading import array, attribute, dims, input_of, is_op, nodes, producer, scope
+from qgraph.graph.editing import add_constant, insert, redirect, replace, typed
+from qgraph.graph.reading import array, attribute, dims, input_of, is_op, nodes, producer
 from qgraph.graph.sites import only_user
 
 
@@ -65,34 +65,21 @@ def _as_rows(model: ir.Model, matrix: ir.Value) -> ir.Value:
     back = insert(
         model, model.graph[0], "Transpose", [rows], base=f"{matrix.name}_turned", attributes=order
     )
-    back.outputs[0].type, back.outputs[0].shape = matrix.type, matrix.shape
-    redirect(matrix, back.outputs[0])
+    redirect(matrix, typed(back, matrix.dtype, matrix.shape))
     return rows
 
 
 def _lower_table(
     model: ir.Model, node: ir.Node, turn: ir.Node | None, dq: ir.Node, scales: np.ndarray
 ) -> None:
-    table, result = input_of(dq, 0), (turn or node).outputs[0]
-    base = result.name or "table"
+    table, base = input_of(dq, 0), (turn or node).outputs[0].name or "table"
     if turn is not None:
         table = _as_rows(model, table)
     column = add_constant(model, f"{input_of(dq, 1).name}_rows", scales)
     rows = insert(model, node, "Gather", [table, node.inputs[1]], base=f"{base}_q")
     scale = insert(model, node, "Gather", [column, node.inputs[1]], base=f"{base}_scale")
-    wide = insert(
-        model,
-        node,
-        "Cast",
-        rows.outputs,
-        base=f"{base}_cast",
-        attributes={"to": int(ir.DataType.FLOAT)},
-    )
-    y = insert(model, node, "Mul", [wide.outputs[0], scale.outputs[0]], base=f"{base}_mul")
-    rows.outputs[0].type = table.type
-    for made in (scale, wide, y):
-        made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    y.outputs[0].shape = result.shape
-    redirect(result, y.outputs[0])
-    y.name = node.name
-    scope(node).remove([node] if turn is None else [turn, node], safe=True)
+    integers, to = typed(rows, table.dtype, None), {"to": int(ir.DataType.FLOAT)}
+    wide = insert(model, node, "Cast", [integers], base=f"{base}_cast", attributes=to)
+    factors = [typed(factor, ir.DataType.FLOAT, None) for factor in (wide, scale)]
+    y = insert(model, node, "Mul", factors, base=f"{base}_mul")
+    replace([node] if turn is None else [node, turn], y.outputs[0])

@@ -161,17 +161,22 @@ def redirect(old: ir.Value, new: ir.Value, *, keep: Sequence[ir.Node] = ()) -> N
             new.type = old.type
 
 
-def replace(old: ir.Node, new: ir.Value) -> None:
-    """Put what computes `new` in the place of a node with one result.
+def replace(old: ir.Node | Sequence[ir.Node], *results: ir.Value, takes_name: bool = True) -> None:
+    """Put what computes `results` in the place of a node, or of a chain of nodes.
 
-    `new` takes the type, the shape and the readers of that result, its node the name of `old`.
+    Args:
+        old: the node, or the chain, whose last node has the results that are replaced.
+        results: one for each of those; it takes the type, the shape and the readers.
+        takes_name: whether the node that computes the first takes the name of the first of `old`.
     """
-    result, node = old.outputs[0], new.producer()
-    assert node is not None
-    new.type, new.shape = result.type, result.shape
-    redirect(result, new)
-    node.name = old.name
-    scope(old).remove(old, safe=True)
+    chain = [old] if isinstance(old, ir.Node) else list(old)
+    for before, result in zip(chain[-1].outputs, results, strict=False):
+        result.type, result.shape = before.type, before.shape
+        redirect(before, result)
+    node = results[0].producer()
+    if takes_name and node is not None:
+        node.name = chain[0].name
+    scope(chain[-1]).remove(chain, safe=True)
 
 
 def remove_dead(model: ir.Model) -> bool:
