@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import QGraphError
+from qgraph.io.arrays import as_array
 from qgraph.io.feeds import Feed
 from qgraph.io.kv_cache import Completer, required_inputs
 from qgraph.io.models import save
@@ -83,7 +84,7 @@ class CompiledModel:
         torch = sys.modules.get("torch")
         tensors = torch is not None and any(isinstance(v, torch.Tensor) for v in named.values())
         types = {name: value.dtype for name, value in self._takes.items()}
-        feed = self._complete({k: _array(v, types[k]) for k, v in named.items()})
+        feed = self._complete({k: _array(k, v, types[k]) for k, v in named.items()})
         if (lacking := self._complete.lacking(feed, named)) is not None:
             raise QGraphError(lacking)
         try:
@@ -142,7 +143,10 @@ class CompiledModel:
 
         rivals = [*([self.source] if self.source is not None else []), self, *others]
         models = [m.model if isinstance(m, CompiledModel) else m for m in rivals]
-        given = list(feeds) if feeds is not None else [first_feed(self.model, None, 0)]
+        if feeds is None:
+            given = [first_feed(self.model, None, 0)]
+        else:
+            given = [{name: as_array(x) for name, x in feed.items()} for feed in feeds]
         return benchmark(models, given, rounds=rounds, open_session=self.open_session)
 
     def __repr__(self) -> str:
@@ -150,11 +154,14 @@ class CompiledModel:
         return f"{title}\n{self.remarks.summary()}"
 
 
-def _array(value: Any, expected: ir.DataType | None) -> np.ndarray:
-    """The array behind `value`; wide floats, as Python and numpy make them, are narrowed."""
-    array: np.ndarray = (
-        value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-    )
-    if array.dtype == np.float64 and expected is not None and expected.is_floating_point():
+def _array(name: str, content: Any, expected: ir.DataType | None) -> np.ndarray:
+    """The array behind `content`; wide floats, as Python and numpy make them, are narrowed, and
+    those of torch's bfloat16 are what the model takes."""
+    try:
+        array = as_array(content)
+    except ValueError as error:
+        raise QGraphError(f"input '{name}' is not an array: {error}") from error
+    wide = array.dtype == np.float64 or str(getattr(content, "dtype", "")) == "torch.bfloat16"
+    if wide and expected is not None and expected.is_floating_point():
         return array.astype(expected.numpy(), copy=False)
     return array

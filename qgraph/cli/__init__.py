@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qgraph.cli import arguments as shell
+from qgraph.cli import signals
 from qgraph.cli import train as train_module
 from qgraph.errors import QGraphError
 from qgraph.io import files
@@ -30,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="A compiler for quantized neural networks.",
+    epilog="Any command takes --traceback: show where an error came from.",
 )
 
 ModelArgument = Annotated[
@@ -49,36 +52,55 @@ Cache = Annotated[Path | None, typer.Option(help="Folder that keeps calibration 
 Verify = Annotated[bool, typer.Option("--verify", help="Check the model after every pass.")]
 
 
+UNFORESEEN = 70
+"""Status after an error that nobody has thought of, as in sysexits.h."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
-    Errors that a user can act on are one line on stderr and status 2; an interrupt is 130.
+    Errors that a user can act on are one line on stderr and status 2, unforeseen ones status 70;
+    an interrupt is 130, SIGTERM 143. With `--traceback` among the arguments, where an error came
+    from is shown before it.
 
     Args:
         arguments: instead of those of the process.
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries, about themselves
+    given = sys.argv[1:] if arguments is None else arguments
+    rest = [argument for argument in given if argument != "--traceback"]
     try:
-        status = app(arguments, standalone_mode=False, prog_name="qgraph")
-    except QGraphError as error:
-        return _complain(error)
-    except typer.TyperException as error:  # of the command line itself
-        return _complain(error.format_message())
-    except OSError as error:
-        return _complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    except MemoryError:
-        return _complain("out of memory: try --max-memory or a smaller model")
+        with signals.raised():
+            status = int(app(rest, standalone_mode=False, prog_name="qgraph") or 0)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
-    if status == 130:
-        print("qgraph: interrupted", file=sys.stderr)
-    return int(status or 0)
+    except signals.Terminated as end:
+        return _complain("terminated", end.status)
+    except Exception as error:
+        if rest != given:
+            traceback.print_exc()
+        return _complain(*_explained(error))
+    return _complain("interrupted", status) if status == 130 else status
 
 
-def _complain(problem: object) -> int:
-    print("qgraph:", " ".join(str(problem).split()), file=sys.stderr)
-    return 2
+def _explained(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit status."""
+    if isinstance(error, QGraphError):
+        return str(error), 2
+    if isinstance(error, typer.TyperException):  # of the command line itself
+        return error.format_message(), 2
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}", 2
+    if isinstance(error, MemoryError):
+        return "out of memory: try --max-memory or a smaller model", 2
+    kind = type(error).__name__
+    return f"unforeseen {kind}, please report what --traceback shows: {error}", UNFORESEEN
+
+
+def _complain(problem: str, status: int) -> int:
+    print("qgraph:", " ".join(problem.split()), file=sys.stderr)
+    return status
 
 
 # ------------------------------------------------------------------------------ the commands
@@ -138,9 +160,9 @@ def compile(
     memory = None if max_memory is None else shell.parse_size(max_memory)
     source = qgraph.load(model)
     check_output(source, output)
-    for page in (report, json):
-        if page is not None:
-            files.check_free(page, others={model, output, *{report, json} - {page}})
+    pages = [page for page in (report, json) if page is not None]
+    given = [calibration, *settings.values(), train and f"{train.partition(':')[0]}.py"]
+    shell.check_pages(pages, source, output, given)
     aim = get_target(target, optimize_for)
     if train is None:
         compiled = qgraph.compile(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from inspect import Parameter, getdoc, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 
 from qgraph.errors import QGraphError
+from qgraph.io.files import check_free
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -90,6 +93,38 @@ def parse_size(text: str) -> int:
     if found is None or float(found[1]) == 0:
         raise QGraphError(f"--max-memory {text}: write a size like 2G or 500M")
     return int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
+
+
+def check_pages(
+    pages: Sequence[Path], source: ir.Model, output: Path, given: Iterable[object]
+) -> None:
+    """Fail now rather than after long work if a report cannot be written.
+
+    Args:
+        pages: the reports.
+        given: other arguments; those that are paths are read.
+
+    Raises:
+        QGraphError: one of them cannot be written, or is a file that is read or written anyway.
+    """
+    from qgraph.io.models import files_read, files_written
+
+    taken = [*files_read(source), *(file for path in given for file in _files_at(path))]
+    written = files_written(source, output)
+    for page in pages:
+        check_free(page, [*taken, page] if written(page) else taken)
+        taken.append(page)
+
+
+def _files_at(given: object) -> Iterator[Path]:
+    """The file, or the files below the folder, that an argument names, if it does."""
+    path = Path(given) if isinstance(given, str) and given else None
+    if path is None or not path.exists():
+        return
+    if path.is_dir():
+        yield from (file for file in path.rglob("*") if file.is_file())
+    else:
+        yield path
 
 
 def size_on_disk(model: ir.Model) -> int:

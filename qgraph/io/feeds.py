@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import CalibrationError
+from qgraph.io.arrays import as_array
 from qgraph.io.kv_cache import Completer
 from qgraph.io.npz import NpzFolder, NpzSamples
 from qgraph.io.state_shapes import free_axes
@@ -176,16 +177,10 @@ class _Calibration:
 
 
 def _numpy(content: Any, name: str, where: str) -> np.ndarray:
-    """The array behind `content`. Torch is not imported: its tensors are told by their methods."""
     try:
-        if not hasattr(content, "detach"):
-            return np.asarray(content)
-        tensor = content.detach().cpu()
-        # numpy has no bfloat16.
-        return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CalibrationError(f"{where}: input '{name}' is not an array: {reason}") from error
+        return as_array(content)
+    except ValueError as error:
+        raise CalibrationError(f"{where}: input '{name}' is not an array: {error}") from error
 
 
 def _fit(given: np.ndarray, value: ir.Value, where: str) -> np.ndarray:

@@ -6,9 +6,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,6 +15,8 @@ import onnx_ir as ir
 from qgraph.errors import ModelError
 from qgraph.graph.reading import INLINE_BYTES, initializers
 from qgraph.io.external_data import in_memory, settle
+from qgraph.io.files import check_writable, same
+from qgraph.io.publication import publish, stage
 from qgraph.io.session import OpenSession, open_session
 
 SOURCE = "qgraph.source"
@@ -140,24 +141,47 @@ def save(
     root = out if name else out.parent
     name = name or Path(out.name)
     file = root / name
-    stale = _own_data(file)
-    with _os_errors(out), _stage(out) as stage:
+    with _os_errors(out), stage(out) as staged:
         if root == out:
-            _copy_companions(model, stage)
-        staged = stage / name
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        _write(model, staged, _free_data_name(file))
-        check_reload(staged, run=run_check, open_session=open_session)
-        _publish(stage, root, name)
+            _copy_companions(model, staged)
+        new = staged / name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        _write(model, new, _free_data_name(file))
+        check_reload(new, run=run_check, open_session=open_session)
+        with suppress(FileNotFoundError):
+            shutil.copymode(file, new)
         kept = {path.resolve() for path in model.meta.get(DATA, ())}
-        for path in stale - kept:
-            path.unlink(missing_ok=True)
+        stale = {str(path.relative_to(root.resolve())) for path in _own_data(file) - kept}
+        publish(staged, root, name, stale)
 
 
 def source_files(model: ir.Model) -> list[Path]:
     """The file that `model` was loaded from, then its external data; empty if it was not loaded."""
     file: Path | None = model.meta.get(SOURCE)
     return [] if file is None else [file, *model.meta[DATA]]
+
+
+def files_read(model: ir.Model) -> Iterator[Path]:
+    """The files of the model that `model` was loaded from, and those that come with it."""
+    yield from source_files(model)
+    folder: Path | None = model.meta.get(FOLDER)
+    if folder is not None:
+        yield from (path for path in folder.rglob("*") if path.is_file())
+
+
+def files_written(model: ir.Model, path: str | os.PathLike[str]) -> Callable[[Path], bool]:
+    """Whether :func:`save` may write a file when it writes `model` to `path`."""
+    out = Path(os.path.abspath(path))
+    if _name_in_folder(model, out):
+        return lambda other: other.resolve().is_relative_to(out.resolve())
+    data = _data_names(out)
+
+    def written(other: Path) -> bool:
+        place = other.resolve()
+        beside = place.parent == out.parent.resolve()
+        return same(other, out) or (beside and data.fullmatch(place.name) is not None)
+
+    return written
 
 
 def check_output(model: ir.Model, path: str | os.PathLike[str]) -> None:
@@ -181,13 +205,14 @@ def check_output(model: ir.Model, path: str | os.PathLike[str]) -> None:
     else:
         if out.is_dir():
             raise ModelError(f"{out} is a folder: give a file name, such as {out / 'model.onnx'}")
-        if out.exists() and any(p.exists() and p.samefile(out) for p in source_files(model)):
+        if out.exists() and any(same(out, path) for path in files_read(model)):
             raise ModelError(f"{out} belongs to the input model: give another name")
         if out.exists() and not _is_model(out):
             raise ModelError(f"{out} exists and is not a model: remove it or give another name")
+        check_writable(out)
     if not out.parent.is_dir():
         raise ModelError(f"{out.parent} does not exist: create that folder first")
-    with _os_errors(out), _stage(out):
+    with _os_errors(out), stage(out):
         pass
 
 
@@ -211,16 +236,6 @@ def _os_errors(out: Path) -> Iterator[None]:
         raise ModelError(f"cannot write {out}: {reason}") from error
 
 
-@contextmanager
-def _stage(out: Path) -> Iterator[Path]:
-    """A folder on the disk of `out` that disappears again, whatever happens."""
-    parent = out if out.is_dir() else out.parent
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=parent) as private:
-        stage = Path(private) / out.name
-        stage.mkdir()  # unlike the private one, with the user's usual permissions
-        yield stage
-
-
 def _is_model(file: Path) -> bool:
     try:
         _read(file)
@@ -235,9 +250,14 @@ def _own_data(file: Path) -> set[Path]:
         return set()
     tensors = (value.const_value for value in initializers(_read(file)))
     locations = {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
-    own = re.compile(re.escape(file.name) + r"(\.\d+)?\.data")
+    own = _data_names(file)
     folder = file.parent.resolve()
     return {folder / n for n in locations if own.fullmatch(n) and (folder / n).is_file()}
+
+
+def _data_names(file: Path) -> re.Pattern[str]:
+    """The names of its data that a model in `file` may have."""
+    return re.compile(re.escape(file.name) + r"(\.\d+)?\.data")
 
 
 def _free_data_name(file: Path) -> str:
@@ -261,7 +281,8 @@ def _copy_companions(model: ir.Model, stage: Path) -> None:
 
 def _write(model: ir.Model, file: Path, data_name: str) -> None:
     """Serialise `model`, with its larger weights in `data_name` if they are many."""
-    pairs = [(v, v.const_value) for v in initializers(model) if v.const_value is not None]
+    copy = model.clone()
+    pairs = [(v, v.const_value) for v in initializers(copy) if v.const_value is not None]
     large = [
         (value, tensor)
         for value, tensor in pairs
@@ -270,21 +291,17 @@ def _write(model: ir.Model, file: Path, data_name: str) -> None:
     for value, tensor in pairs:
         tensor.name = value.name  # serialisation goes by the tensor's name
     outside = large if sum(tensor.nbytes for _, tensor in large) > EXTERNAL_BYTES else []
-    try:
-        if outside:
-            tensors = [tensor for _, tensor in outside]
-            written = ir.external_data.convert_tensors_to_external(
-                tensors, file.parent, data_name, alignment=_ALIGNMENT
-            )
-            for (value, _), external in zip(outside, written, strict=True):
-                value.const_value = external
-        for value, tensor in pairs:
-            if value.const_value is tensor and isinstance(tensor, ir.ExternalTensor):
-                value.const_value = in_memory(tensor)
-        ir.save(model, file, format="protobuf")
-    finally:
-        for value, tensor in pairs:
-            value.const_value = tensor
+    if outside:
+        tensors = [tensor for _, tensor in outside]
+        written = ir.external_data.convert_tensors_to_external(
+            tensors, file.parent, data_name, alignment=_ALIGNMENT
+        )
+        for (value, _), external in zip(outside, written, strict=True):
+            value.const_value = external
+    for value, tensor in pairs:
+        if value.const_value is tensor and isinstance(tensor, ir.ExternalTensor):
+            value.const_value = in_memory(tensor)
+    ir.save(copy, file, format="protobuf")
 
 
 def check_reload(
@@ -303,25 +320,3 @@ def check_reload(
     except ModelError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ModelError(f"onnxruntime cannot load the result: {reason}") from error
-
-
-def _publish(stage: Path, root: Path, name: Path) -> None:
-    """Move everything below `stage` to `root`, the model last, when all that it needs is there."""
-    if not root.exists():
-        os.rename(stage, root)
-        return
-    moved = []
-    try:
-        for source in sorted(path for path in stage.rglob("*") if path.is_file()):
-            if source != stage / name:
-                target = root / source.relative_to(stage)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.exists():
-                    moved.append(target)
-                os.replace(source, target)
-        os.replace(stage / name, root / name)
-    except BaseException:
-        if (stage / name).exists():
-            for target in moved:
-                target.unlink(missing_ok=True)
-        raise

@@ -21,6 +21,7 @@ import pytest
 import qgraph
 from qgraph.cli import main
 from tests import models
+from tests.killing import killed_at
 
 
 @pytest.fixture
@@ -207,6 +208,14 @@ def _folder_of_others(here: Path) -> None:
     (here / "full/file").touch()
 
 
+def _folder(here: Path) -> None:
+    (here / "folder").mkdir()
+    for name in ("model", "encoder"):
+        shutil.copy(here / "model.onnx", here / f"folder/{name}.onnx")
+    shutil.copy(here / "data.npz", here / "folder/0.npz")
+    (here / "folder/tokenizer.json").write_text("{}")
+
+
 X = np.zeros((4, 16), np.float32)
 COMPILE = "compile model.onnx -o out.onnx "
 STATIC = COMPILE + "-r static -c bad.npz"
@@ -273,6 +282,37 @@ BAD: dict[str, tuple[Callable[[Path], object] | None, str, str]] = {
     ),
     "report over the model": (None, COMPILE + "-r dynamic --report model.onnx", "own file"),
     "report over the output": (None, COMPILE + "-r dynamic --json out.onnx", "own file"),
+    "report over data of the output": (
+        None, COMPILE + "-r dynamic --json out.onnx.1.data", "own file"
+    ),
+    "report over calibration data": (
+        None, COMPILE + "-r static -c data.npz --json ./data.npz", "data.npz"
+    ),
+    "report over a model in a folder": (
+        _folder, "compile folder -o out -r dynamic --report folder/model.onnx", "own file"
+    ),
+    "report over the tokenizer": (
+        _folder, "compile folder -o out -r dynamic --report folder/tokenizer.json", "own file"
+    ),
+    "report in the output folder": (
+        _folder, "compile folder -o out -r dynamic --report out/r.html", "own file"
+    ),
+    "report over calibration data in a folder": (
+        _folder, COMPILE + "-r static -c folder --json folder/0.npz", "own file"
+    ),
+    "report over a link to the model": (
+        lambda h: (h / "r").symlink_to("model.onnx"), COMPILE + "-r dynamic --json r", "own file"
+    ),
+    "one report over the other": (
+        None, COMPILE + "-r dynamic --json r --report ../{here}/r", "own file"
+    ),
+    "output over a companion of the input": (
+        _folder, "compile folder -o folder/encoder.onnx -r dynamic", "belongs to the input"
+    ),
+    "output is read-only": (
+        lambda h: Path(shutil.copy(h / "model.onnx", h / "out.onnx")).chmod(0o444),
+        COMPILE + "-r dynamic", "read-only"
+    ),
     "pipeline misspelt": (None, "opt model.onnx -p canonicalise -o out.onnx", "canonicalize"),
     "pipeline without module": (None, "opt model.onnx -p no_such:Pass -o out.onnx", "no_such"),
     "printing after no pass": (
@@ -290,7 +330,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     if prepare is not None:
         prepare(here)
     before = contents(here)
-    status = main(command.split())
+    status = main(command.format(here=here.name).split())
     printed = capfd.readouterr()
     assert status == 2, printed
     assert printed.out == ""
@@ -363,21 +403,74 @@ class Slow(Pass):
 """
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(here: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [
+        (signal.SIGINT, 130, "qgraph: interrupted\n"),
+        (signal.SIGTERM, 143, "qgraph: terminated\n"),
+        (signal.SIGHUP, 129, "qgraph: terminated\n"),
+    ],
+)
+def test_signals_end_with_their_status_and_leave_nothing(
+    number: signal.Signals, status: int, said: str, here: Path
+) -> None:
     (here / "slow_pass.py").write_text(SLOW_PASS)
     before = contents(here)
     command = ["-B", "-m", "qgraph", "opt", "model.onnx", "-p", "slow_pass:Slow", "-o", "out.onnx"]
     # Where tests run in the background, SIGINT is ignored, which a child would inherit.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    previous = signal.signal(number, usual)
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    signal.signal(signal.SIGINT, previous)
+    signal.signal(number, previous)
     deadline = time.monotonic() + 60
     while not (here / "running").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
     (here / "running").unlink()
-    assert (process.returncode, out, err) == (130, "", "qgraph: interrupted\n")
+    assert (process.returncode, out, err) == (status, "", said)
     assert contents(here) == before
+
+
+COMPILED = (
+    "compile model.onnx -t onnx -o out.onnx -c data.npz --cache cache --report r.html --json r.json"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_at_any_operation_on_files_nothing_is_left_after_the_next_run(
+    number: signal.Signals, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qgraph.io.models.EXTERNAL_BYTES", 1024)
+    ir.save(models.mlp((16, 128, 8)), "model.onnx")
+    command = COMPILED.split()
+    assert main([*command, "-r", "dynamic"]) == 0
+    for moment in range(1, 99, 2):
+        status = killed_at(moment, lambda: main(command), number)
+        if number == signal.SIGTERM:
+            assert not [path for path in here.rglob(".*") if path.is_file()]
+        if status == 0:
+            break
+        assert status == (143 if number == signal.SIGTERM else -number)
+    assert moment > 20
+    assert main(command) == 0
+    names = {path.name for path in here.iterdir()}
+    assert len(names) == 7, names
+    assert len(list((here / "cache").iterdir())) == 1
+
+
+def test_what_nobody_has_foreseen_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr("qgraph.report.inspection.describe", fail)
+    assert main(["inspect", "model.onnx"]) == 70
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "unforeseen KeyError" in told
+    assert main(["inspect", "--traceback", "model.onnx"]) == 70
+    assert capsys.readouterr().err.startswith("Traceback")

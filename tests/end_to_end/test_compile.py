@@ -253,6 +253,32 @@ def test_other_kinds_of_numbers_are_cast(two: qgraph.CompiledModel) -> None:
     np.testing.assert_array_equal(two(a.tolist(), b)[0], a)
 
 
+def test_the_order_of_bytes_does_not_matter(two: qgraph.CompiledModel, tmp_path: Path) -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    for type_ in (">f4", ">f8"):
+        for found, wanted in zip(two(a.astype(type_), b=b.astype(type_)), two(a, b), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    np.savez(tmp_path / "data.npz", x=a.astype(">f4"))
+    model = mlp((4, 2))
+    given_ = [{"x": a[i : i + 1].astype(">f4")} for i in range(3)], str(tmp_path / "data.npz")
+    texts = {
+        to_text(qgraph.compile(model, "static", data, ONNX).model)
+        for data in (*given_, [{"x": a[i : i + 1]} for i in range(3)])
+    }
+    assert len(texts) == 1
+
+
+def test_any_kind_of_torch_tensor(two: qgraph.CompiledModel) -> None:
+    torch = pytest.importorskip("torch")
+    a, b = torch.ones(3, 4), torch.eye(3, 4)
+    wanted = two(a, b)
+    for other in (b.bfloat16(), b.to_sparse(), b.double(), b.t().conj().t()):
+        for found, same in zip(two(a, other), wanted, strict=True):
+            torch.testing.assert_close(found, same, rtol=0, atol=0)
+    with pytest.raises(QGraphError, match=r"input 'b' is not an array: .*'meta'"):
+        two(a, b.to("meta"))
+
+
 def test_torch_in_torch_out(two: qgraph.CompiledModel) -> None:
     torch = pytest.importorskip("torch")
     a, b = torch.ones(3, 4), np.zeros((3, 4), np.float32)

@@ -7,10 +7,12 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from hypothesis import strategies as st
 from qgraph.errors import ModelError
 from qgraph.io import models as model_io
 from qgraph.io.models import DATA, FOLDER, SOURCE, check_output, check_reload, load, save
+from tests.killing import killed_at
 
 WEIGHT = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
 X = np.random.default_rng(1).standard_normal((2, 32)).astype(np.float32)
@@ -496,7 +499,7 @@ def test_folder_without_write_permission(tmp_path: Path, monkeypatch: pytest.Mon
     def denied(*args: object, **kwargs: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkdtemp", denied)
+    monkeypatch.setattr("os.mkdir", denied)
     _refused(build(), tmp_path / "out.onnx", "Permission denied")
 
 
@@ -683,3 +686,23 @@ def test_memory_does_not_grow_with_the_model(quantize: str, tmp_path: Path) -> N
     command = [sys.executable, "-c", textwrap.dedent(_SCRIPT), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 120 << 10, "kB; an import of onnxruntime is about half of it"
+
+
+# Dying at any moment
+
+
+def test_a_process_that_died_leaves_nothing(tmp_path: Path, small_limit: None) -> None:
+    """Killed at each operation on files in turn, then run to its end."""
+    for moment in range(1, 99):
+        out = tmp_path / str(moment) / "out.onnx"
+        out.parent.mkdir()
+        save(build(), out)
+        write = partial(save, build(2 * WEIGHT), out, run_check=False)
+        died = killed_at(moment, write, signal.SIGKILL) == -signal.SIGKILL
+        assert any(np.array_equal(run(out), factor * (X @ WEIGHT)) for factor in (1, 2))
+        save(build(4 * WEIGHT), out)
+        assert np.array_equal(run(out), 4 * (X @ WEIGHT))
+        assert len(listing(out.parent)) == 2
+        if not died:
+            break
+    assert moment > 8
