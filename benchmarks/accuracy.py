@@ -76,7 +76,7 @@ def _scores(
 
 def _remarks(variant: Variant, remarks: qgraph.Remarks, model: Path) -> dict[str, Cell]:
     verdicts = remarks.verdicts().values()
-    wanted = must_have_a_verdict(model)
+    wanted = must_have_a_verdict(qgraph.load(model))
     missing = unaccounted(wanted, remarks)
     return {
         "quantized": f"{sum(r.kind == 'quantized' for r in verdicts)} of {len(verdicts)}",

@@ -24,7 +24,7 @@ from benchmarks.subjects import Subject, model_file
 from benchmarks.tasks import Feed
 from qgraph.backends import get_target
 from qgraph.graph.ops import FLOATS
-from qgraph.graph.reading import constant, dims, is_op, node_name, nodes
+from qgraph.graph.reading import MICROSOFT, constant, dims, is_op, node_name, nodes
 from qgraph.io.models import source_files
 from qgraph.recipes import get_recipe
 from qgraph.recipes.recipe import FLOAT_STAGE
@@ -279,23 +279,31 @@ def _opset(path: Path) -> int:
 # -------------------------------------------------------------------------------- the remarks
 
 
-def must_have_a_verdict(model: Path) -> list[str]:
+def must_have_a_verdict(model: ir.Model) -> list[str]:
     """Names of the operators that a compilation's remarks have to account for.
 
-    Every MatMul, Gemm, Conv and ConvTranspose on floats and every Gather on a float weight with
-    rows, bodies of control flow included, as they are after the stage that all recipes start with.
-    Found without `qgraph.graph.sites`, which is under test here.
+    Everything linear on floats and every Gather on a float weight with rows, bodies of control flow
+    included, as they are after the stage that all recipes start with. Found without
+    `qgraph.graph.sites`, which is under test here.
     """
-    prepared = qgraph.load(model)
+    prepared = model.clone()
     qgraph.PassManager(FLOAT_STAGE).run(prepared, qgraph.Context(get_target("cpu")))
     return [node_name(node) for node in nodes(prepared) if _counts(node)]
+
+
+_LINEAR = ("Conv", "ConvTranspose", "Einsum", "Gemm", "GRU", "LSTM", "MatMul", "RNN")
+_FUSED = (
+    "Attention", "FusedConv", "FusedGemm", "FusedMatMul", "MatMulNBits", "MoE", "QMoE",
+)  # fmt: skip
 
 
 def _counts(node: ir.Node) -> bool:
     if is_op(node, "Gather"):
         table = constant(node.inputs[0])
         return table is not None and table.dtype in FLOATS and len(dims(node.inputs[0])) >= 2
-    if not is_op(node, "MatMul", "Gemm", "Conv", "ConvTranspose"):
+    if is_op(node, *_FUSED, domain=MICROSOFT):
+        return True
+    if not is_op(node, *_LINEAR) or len(node.inputs) == 1:
         return False
     data = node.inputs[0]
     return data is None or data.dtype is None or data.dtype in FLOATS

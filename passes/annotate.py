@@ -25,10 +25,11 @@ from qgraph.graph.annotation import (
     static_spec,
     use_spec,
 )
+from qgraph.graph.einsum import product_of
+from qgraph.graph.fused_products import why_fused
 from qgraph.graph.islands import Cost, settle, size
 from qgraph.graph.ops import FLOATS, LINEAR
 from qgraph.graph.reading import (
-    MICROSOFT,
     constant,
     constant_array,
     dims,
@@ -134,12 +135,6 @@ _ATTENTION = "both operands are computed: quantizing them costs more than the pr
 _RECURRENT = (
     "recurrent: errors of its weights add up over time steps, and the target has no faster kernel"
 )
-_FUSED = {
-    "MoE": "the weights of its experts lie inside one fused operator, which is left as it is",
-    "QMoE": "its experts came quantized, and are left as they are",
-    "CausalConvWithState": "a depthwise convolution with its state, which has no integer kernel",
-}
-"""Why operators that hold weights are no sites."""
 SMALL_TABLE = 1 << 16
 """A lookup table of fewer bytes is not worth quantizing."""
 
@@ -155,8 +150,8 @@ class Annotate(Pass):
         x ── Conv ── Relu ── Add ── ...        x:u8 ── Conv ── Relu ── :u8 ── Add ── :u8 ...
                               ╲ W                         ╲ W:s8 per-axis(0)
 
-    Every MatMul, Gemm, Conv, ConvTranspose, Gather on weights, recurrent operator and fused mixture
-    of experts gets a remark: quantized how, or float and why.
+    Every MatMul, Gemm, Conv, ConvTranspose, Einsum, Gather on weights, recurrent operator and fused
+    operator with weights in it gets a remark: quantized how, or float and why.
 
     Attributes:
         scheme: `dynamic` computes activation scales at run time, `static` takes them from
@@ -215,9 +210,8 @@ class Annotate(Pass):
             if is_op(node, *LINEAR) and site_of(node) is None:
                 why = "its weight is computed or not floating-point"
                 context.remark("float", self.name, node_name(node), node.op_type, why)
-            elif is_op(node, *_FUSED, domain=MICROSOFT):
-                why = _FUSED[node.op_type]
-                context.remark("float", self.name, node_name(node), node.op_type, why)
+            elif (reason := why_fused(node) or _why_no_product(node)) is not None:
+                context.remark("float", self.name, node_name(node), node.op_type, reason)
         if self.scheme == "static":
             _weigh_convolutions(model, context)
             for node in model.graph:
@@ -266,6 +260,12 @@ class Annotate(Pass):
             measured["slowest"] = verdict.slowest
         numbers = {name: value for name, value in measured.items() if value}
         self.remark(context, site, "quantized", describe(activation, weight), **numbers)
+
+
+def _why_no_product(node: ir.Node) -> str | None:
+    """Why an Einsum stays what it is; None for other operators."""
+    found = product_of(node) if is_op(node, "Einsum") and len(node.inputs) > 1 else None
+    return found if isinstance(found, str) else None
 
 
 def _is_mean(verdict: Verdict) -> bool:

@@ -10,7 +10,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.editing import lift_constant, redirect, replace_by_constants, typed
+from qgraph.graph.editing import (
+    LAZY_BYTES,
+    lift_constant,
+    redirect,
+    replace_by_constants,
+    typed,
+)
 from qgraph.graph.names import fresh_name, unique_names
 from qgraph.graph.ops import QUANTIZERS, RANDOM
 from qgraph.graph.reading import attribute, constant, is_op
@@ -60,7 +66,7 @@ class FoldConstants(Pass):
     contract: ClassVar[Contract] = Contract.EQUIVALENT
 
     growth: int = 4096
-    lazy: int = 1 << 26
+    lazy: int = LAZY_BYTES
 
     def run(self, model: ir.Model, context: Context) -> bool:
         unique_names(model)

@@ -9,13 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.annotation import Stage
-from qgraph.graph.editing import add_constant, insert, remove_dead, replace
+from qgraph.graph.editing import Attribute, add_constant, insert, remove_dead, replace
 from qgraph.graph.reading import array, dims, is_op, node_name, producer
 from qgraph.graph.types import infer_types
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
-
-Attributes = dict[str, ir.Attr | int | float | str | list[int]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Fuse(Pass):
         if clipped is None:
             return False
         x, offset = clipped
-        attributes: Attributes = {"alpha": 1 / most, "beta": offset / most}
+        attributes: dict[str, Attribute] = {"alpha": 1 / most, "beta": offset / most}
         base = f"{node_name(last)}_HardSigmoid"
         new = insert(model, last, "HardSigmoid", [x], base=base, attributes=attributes)
         if gate is not None:
@@ -113,7 +111,7 @@ class Fuse(Pass):
             )
         ]
         inputs = [x, *parameters]
-        attributes: Attributes = {"epsilon": 0.0}
+        attributes: dict[str, Attribute] = {"epsilon": 0.0}
         new = insert(model, add, "BatchNormalization", inputs, base=name, attributes=attributes)
         self._replace(add, new, context, "and the Mul before it are one scale and shift")
         return True

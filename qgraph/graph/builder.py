@@ -26,7 +26,7 @@ class Builder:
         op_type: str,
         *inputs: ir.Value | None,
         domain: str = "",
-        dtype: ir.DataType = ir.DataType.FLOAT,
+        dtype: ir.DataType | None = ir.DataType.FLOAT,
         shape: ir.Shape | Sequence[int] | None = None,
         **attributes: int | list[int],
     ) -> ir.Value:

@@ -11,6 +11,9 @@ from qgraph.graph.annotation import copy_annotations
 from qgraph.graph.names import fresh_name
 from qgraph.graph.reading import INLINE_BYTES, constant_tensor, is_op, scope, unmap
 
+Attribute = ir.Attr | int | float | str | list[int]
+"""What an attribute of a new node may be."""
+
 
 def add_constant(
     model: ir.Model,
@@ -79,6 +82,23 @@ def derived(
     return computed(compute, tensor.dtype, shape, cache=cache)
 
 
+LAZY_BYTES = 1 << 26
+"""A constant that is made of a larger one is computed whenever it is read, and not kept."""
+
+
+def derived_constant(
+    model: ir.Model,
+    value: ir.Value,
+    suffix: str,
+    change: Callable[[np.ndarray], np.ndarray],
+    shape: Sequence[int] | None = None,
+) -> ir.Value:
+    """A new initializer :func:`derived` from a constant value, whose name it continues."""
+    tensor = constant_tensor(value)
+    lazy = derived(tensor, change, shape, cache=tensor.nbytes <= LAZY_BYTES)
+    return add_constant(model, f"{value.name}_{suffix}", lazy)
+
+
 def shared_constant(model: ir.Model, name: str, data: np.ndarray | np.generic) -> ir.Value:
     """The initializer with exactly this dtype and content, made on first use."""
     array_, count = np.asarray(data), 0
@@ -99,7 +119,7 @@ def insert(
     inputs: Sequence[ir.Value | None],
     *,
     base: str,
-    attributes: Mapping[str, ir.Attr | int | float | str | list[int]] | None = None,
+    attributes: Mapping[str, Attribute] | None = None,
     domain: str = "",
     outputs: int = 1,
     after: bool = False,

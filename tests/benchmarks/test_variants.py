@@ -40,7 +40,7 @@ def test_a_recipe_with_parameters_is_a_variant(
     assert made.path is not None
     assert made.path.exists()
     assert made.remarks is not None
-    assert unaccounted(must_have_a_verdict(model), made.remarks) == []
+    assert unaccounted(must_have_a_verdict(qgraph.load(model)), made.remarks) == []
 
 
 def test_what_fails_becomes_a_note(
@@ -53,6 +53,6 @@ def test_what_fails_becomes_a_note(
 
 
 def test_operators_without_a_verdict_are_found(subject: Subject, tmp_path: Path) -> None:
-    wanted = must_have_a_verdict(subject.build(tmp_path))
+    wanted = must_have_a_verdict(qgraph.load(subject.build(tmp_path)))
     assert len(wanted) == 2
     assert unaccounted(wanted, qgraph.Remarks()) == wanted
