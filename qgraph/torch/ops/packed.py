@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from qgraph.numerics.codebooks import LEVELS
+from qgraph.numerics.spec import Codebook
+from qgraph.torch.fake_quant import straight_through
 from qgraph.torch.ops.types import NARROW, Operators
 
 
@@ -52,7 +55,7 @@ def matmul_nbits(
         group = g_idx[:K].to(torch.int64)
         weight = (q.reshape(N, -1)[:, :K] - zero[:, group]) * step[:, group]
     if accuracy_level == 4 and block_size in (16, 32, 64, 128, 256) and g_idx is None:
-        a = a + (_rounded(a.detach(), block_size) - a.detach())
+        a = straight_through(a, _rounded(a.detach(), block_size))
     return F.linear(a, weight.to(a.dtype), bias)
 
 
@@ -67,14 +70,8 @@ def _rounded(x: Tensor, block_size: int) -> Tensor:
     return rounded.flatten(-2)[..., :length]
 
 
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
-
-_FP4 = (0.0, 0.005208333, 0.6666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+_BOOKS: tuple[Codebook, ...] = ("fp4", "nf4")
+"""The codebooks by their number in the operator."""
 
 
 def matmul_bnb4(
@@ -90,8 +87,7 @@ def matmul_bnb4(
     transB: int = 1,  # noqa: N803
 ) -> Tensor:
     """`a` times a weight of bitsandbytes: NF4 (type 1) or FP4 (0), the high half of bytes first."""
-    book = _NF4 if quant_type == 1 else (*_FP4, *(-v for v in _FP4))
-    table = torch.tensor(book, dtype=absmax.dtype, device=b.device)
+    table = torch.tensor(LEVELS[_BOOKS[quant_type]], dtype=absmax.dtype, device=b.device)
     codes = torch.stack([b >> 4, b & 15], -1).flatten()[: N * K]
     step = absmax.repeat_interleave(block_size)[: N * K]
     weight = (table[codes.to(torch.int64)] * step).reshape((N, K) if transB else (K, N))
