@@ -15,6 +15,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from types import ModuleType
+from typing import get_args
 
 from qgraph.errors import QGraphError
 from qgraph.pipeline.target import Purpose, Target
@@ -33,8 +34,10 @@ def get_target(name: str, optimize_for: Purpose = "both") -> Target:
         optimize_for: which runs of a language model decide between lowerings.
 
     Raises:
-        QGraphError: there is none; the message lists those there are.
+        QGraphError: there is none, or no such runs; the message lists those there are.
     """
+    if optimize_for not in (known := get_args(Purpose)):
+        raise QGraphError(f"optimize_for='{optimize_for}': use one of {', '.join(known)}")
     backend = _backend(name.partition(":")[0])
     if backend is None:
         raise unknown(name)

@@ -343,6 +343,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         (QGraphError, "no parameter 'bit'", {"recipe": "dynamic", "bit": 4}),
         (QGraphError, "'bits' cannot be set on a Recipe object", {"recipe": dynamic(), "bits": 4}),
         (QGraphError, "make it with that value", {"target": ONNX, "optimize_for": "prompt"}),
+        (QGraphError, "use one of prompt, decode, both", {"target": "cpu", "optimize_for": "x"}),
         (QGraphError, "unknown target 'gpu'", {"target": "gpu"}),
         (QGraphError, "recipe 'static' needs calibration data", {"calibration": None}),
         (CalibrationError, "no input 'z'", {"calibration": [{"z": np.ones(3)}]}),
