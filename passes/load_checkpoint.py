@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qgraph.errors import ModelError, QGraphError
 from qgraph.graph.annotation import Stage, set_integers
-from qgraph.graph.editing import add_constant, computed, insert, remove_dead
+from qgraph.graph.editing import add_constant, computed, insert, remove_dead, typed
 from qgraph.graph.ops import FLOATS, NORMS
 from qgraph.graph.provenance import modules
 from qgraph.graph.reading import (
@@ -29,7 +29,7 @@ from qgraph.graph.sites import Site, site_of
 from qgraph.io.checkpoints.checkpoint import Checkpoint
 from qgraph.io.checkpoints.names import aligned, parts_of
 from qgraph.io.checkpoints.packed_layers import Layer, joined
-from qgraph.io.checkpoints.resemblance import SHIFTED, UNLIKE, distance, misfit, near, tied, unlike
+from qgraph.io.checkpoints.resemblance import check_alike, misfit, near, tied, unlike
 from qgraph.numerics.reference import Float
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -234,19 +234,8 @@ class _Matrices:
         start = 0
         for part, layer in zip(parts, layers, strict=True):
             loaded = layer.float() if layer else self.checkpoint.matrix(part)
-            apart, rest = distance(given[:, start : start + loaded.shape[1]], loaded)
+            check_alike(part, site, given[:, start : start + loaded.shape[1]], loaded, layer)
             start += loaded.shape[1]
-            if not apart < UNLIKE:  # nor NaN
-                raise unlike(part, site, apart)
-            if layer is None or layer.table is not None:
-                continue
-            steps = layer.quantized(1)[1].steps()
-            shift = float(((rest if layer.order is None else rest[layer.order]) / steps).mean())
-            if abs(shift) > SHIFTED:
-                raise ModelError(
-                    f"zero points of layer '{part}' of the checkpoint are {shift:+.2f} steps off: "
-                    "its checkpoint_format must be another one"
-                )
         del w, given
         release(site.weight)
 
@@ -263,9 +252,7 @@ class _Matrices:
                 self.model, producer if beside and producer else graph[0], "Gather", [x, index],
                 base=f"{x.name}_in_order", attributes={"axis": -1}, after=beside,
             )  # fmt: skip
-            made = gather.outputs[0]
-            made.type, made.shape = x.type, x.shape
-            self.reordered[key] = made
+            self.reordered[key] = typed(gather, x.dtype, x.shape)
             why = "act-order: a Gather brings its data into the order of the weight's groups"
             self.step.remark(self.context, site, "note", why)
         return self.reordered[key]
@@ -275,9 +262,9 @@ class _Matrices:
         name = f"{part}.weight"
         if name not in self.checkpoint.files:
             return
-        found = self.checkpoint.shape(name)
-        if found != tuple(dims(site.weight)):
-            raise misfit(part, found, site, tuple(d or 0 for d in dims(site.weight)))
+        shape = self.checkpoint.shape(name)
+        if shape != tuple(dims(site.weight)):
+            raise misfit(part, shape, site, tuple(d or 0 for d in dims(site.weight)))
         make = partial(self.checkpoint.tensor, name)
         if self.step.check and not near(make(), array(site.weight)):
             raise unlike(part, site)
@@ -333,14 +320,14 @@ class _Vectors:
         names = [name for part in parts if (name := f"{part}.{parameter}") in self.checkpoint.files]
         if not names or any(len(self.checkpoint.shape(name)) != 1 for name in names):
             return
-        found = np.concatenate([self.checkpoint.tensor(name) for name in names]).astype(np.float32)
+        vector = np.concatenate([self.checkpoint.tensor(name) for name in names]).astype(np.float32)
         uses = [
             (node, index)
             for node in members
             for index in places.get(node.op_type, ())
-            if index < len(node.inputs) and _is_vector(node.inputs[index], found.size)
+            if index < len(node.inputs) and _is_vector(node.inputs[index], vector.size)
         ]
-        if len(names) < len(parts) or (not uses and parameter == "bias" and found.any()):
+        if len(names) < len(parts) or (not uses and parameter == "bias" and vector.any()):
             raise ModelError(
                 f"the graph has no place for '{names[0]}' of the checkpoint: "
                 "give a graph of the same model"
@@ -348,13 +335,13 @@ class _Vectors:
         self.placed.update(parts)
         for node, index in uses:
             if parameter == "weight":
-                self.norms.append((found, node, index))
+                self.norms.append((vector, node, index))
             else:
-                self._place_vector(found, node, index)
+                self._place_vector(vector, node, index)
 
-    def _place_vector(self, found: NDArray[Any], node: ir.Node, index: int) -> None:
+    def _place_vector(self, vector: NDArray[Any], node: ir.Node, index: int) -> None:
         old = input_of(node, index)
-        make = partial(found.reshape, [d or 1 for d in dims(old)])
+        make = partial(vector.reshape, [d or 1 for d in dims(old)])
         node.replace_input_with(index, _constant(self.model, f"{old.name}_loaded", make, old))
 
     def place_norms(self) -> None:
@@ -370,11 +357,11 @@ class _Vectors:
                 "weights do not show: give the float model, and check=true"
             )
         votes = 0
-        for found, node, index in self.norms if self.step.check else ():
+        for vector, node, index in self.norms if self.step.check else ():
             old = array(node.inputs[index])
-            votes += near(found + 1, old) - near(found, old)
-        for found, node, index in self.norms:
-            self._place_vector(found + 1 if votes > 0 else found, node, index)
+            votes += near(vector + 1, old) - near(vector, old)
+        for vector, node, index in self.norms:
+            self._place_vector(vector + 1 if votes > 0 else vector, node, index)
 
 
 def _constant(

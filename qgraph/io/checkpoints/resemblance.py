@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qgraph.errors import ModelError
 from qgraph.graph.reading import constant_array
 from qgraph.graph.sites import Site
+from qgraph.io.checkpoints.packed_layers import Layer
 from qgraph.numerics.reference import Float
 
 UNLIKE = 0.75
@@ -22,11 +23,11 @@ SAME = 0.02
 """Relative distance at which tensors that are not quantized are the same but for rounding."""
 
 
-def near(found: NDArray[Any], old: NDArray[Any] | None) -> bool:
+def near(loaded: NDArray[Any], old: NDArray[Any] | None) -> bool:
     """Whether they are the same but for rounding."""
     assert old is not None
     size = np.linalg.norm(old.astype(np.float32))
-    rest = found.astype(np.float32).reshape(old.shape) - old
+    rest = loaded.astype(np.float32).reshape(old.shape) - old
     return bool(np.linalg.norm(rest) <= SAME * size)
 
 
@@ -45,16 +46,16 @@ def unlike(part: str, site: Site, apart: float | None = None) -> ModelError:
     )
 
 
-def fitted(given: Float, wanted: Float) -> Float:
+def fitted(given: Float, goal: Float) -> Float:
     """`given` with its rows, then its columns, each times the factor that brings it nearest to
-    `wanted`, by least squares.
+    `goal`, by least squares.
 
     Args:
-        given, wanted: (K, N).
+        given, goal: (K, N).
     """
     for axis in (1, 0):
         power = np.square(given).sum(axis=axis, keepdims=True)
-        product = (given * wanted).sum(axis=axis, keepdims=True)
+        product = (given * goal).sum(axis=axis, keepdims=True)
         given = given * (product / np.where(power > 0, power, 1))
     return given
 
@@ -73,10 +74,35 @@ def distance(given: Float, loaded: Float) -> tuple[float, Float]:
     return (float(np.linalg.norm(rest)) / size if size else 0.0), rest
 
 
-def misfit(what: str, found: tuple[int, ...], site: Site, given: tuple[int, ...]) -> ModelError:
+def check_alike(part: str, site: Site, given: Float, loaded: Float, layer: Layer | None) -> None:
+    """Hold a loaded weight against the one that the graph has.
+
+    Args:
+        part: its name in the checkpoint.
+        given, loaded: the graph's and the loaded one, (K, N).
+        layer: its integers; None where it is not quantized.
+
+    Raises:
+        ModelError: it is another layer, or was misread.
+    """
+    apart, rest = distance(given, loaded)
+    if not apart < UNLIKE:  # nor NaN
+        raise unlike(part, site, apart)
+    if layer is None or layer.table is not None:
+        return
+    steps = layer.quantized(1)[1].steps()
+    shift = float(((rest if layer.order is None else rest[layer.order]) / steps).mean())
+    if abs(shift) > SHIFTED:
+        raise ModelError(
+            f"zero points of layer '{part}' of the checkpoint are {shift:+.2f} steps off: "
+            "its checkpoint_format must be another one"
+        )
+
+
+def misfit(part: str, loaded: tuple[int, ...], site: Site, given: tuple[int, ...]) -> ModelError:
     """What is said of a layer that has another shape than its site."""
-    have, want = ("x".join(map(str, shape)) for shape in (found, given))
+    have, want = ("x".join(map(str, shape)) for shape in (loaded, given))
     return ModelError(
-        f"layer '{what}' of the checkpoint is {have}, but '{site.name}' of the graph is {want}: "
+        f"layer '{part}' of the checkpoint is {have}, but '{site.name}' of the graph is {want}: "
         "give a graph of the same model"
     )
