@@ -67,7 +67,7 @@ class AdaRound(Pass):
     def run(self, model: ir.Model, context: Context) -> bool:
         from qgraph.torch.reconstruction import learnable, reconstruct
 
-        sites = learnable(model, self.name, context)
+        sites = learnable(model, self, context)
         if sites:
             reconstruct(model, sites, around_sites(model, sites), context, self)
         return bool(sites)

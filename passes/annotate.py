@@ -213,7 +213,7 @@ class Annotate(Pass):
             elif (reason := why_fused(node) or _why_no_product(node)) is not None:
                 context.remark("float", self.name, node_name(node), node.op_type, reason)
         if self.scheme == "static":
-            _weigh_convolutions(model, context)
+            _weigh_convolutions(self, model, context)
             for node in model.graph:
                 if context.target.supports_glue(node):
                     _join(node, image)
@@ -303,7 +303,7 @@ def _own(weight: QuantSpec, site: Site) -> Iterator[QuantSpec]:
         yield substitute
 
 
-def _weigh_convolutions(model: ir.Model, context: Context) -> None:
+def _weigh_convolutions(asking: Annotate, model: ir.Model, context: Context) -> None:
     """Make convolutions float again where conversions around them cost more than integers save."""
     verdicts = context.remarks.verdicts()
     convolutions, costs = [], {}
@@ -324,7 +324,7 @@ def _weigh_convolutions(model: ir.Model, context: Context) -> None:
         retract(site)
         why = "int8 here would cost more in conversions around it than its kernel saves"
         numbers = verdicts[site.name].numbers
-        context.remark("float", Annotate.name, site.name, "Conv", why, **numbers)
+        asking.remark(context, site, "float", why, **numbers)
 
 
 def _unfit(site: Site) -> str | None:

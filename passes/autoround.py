@@ -69,7 +69,7 @@ class AutoRound(Pass):
     def run(self, model: ir.Model, context: Context) -> bool:
         from qgraph.torch.reconstruction import learnable, reconstruct
 
-        sites = learnable(model, self.name, context, scales=True)
+        sites = learnable(model, self, context, scales=True)
         if sites:
             reconstruct(model, sites, narrow_points(model, sites), context, self)
         return bool(sites)

@@ -21,7 +21,7 @@ from qgraph.numerics.spec import QuantSpec
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 from qgraph.weights.clipping import SWEEPS, clipped_scales, gram, output_error
-from qgraph.weights.search import columns, rounded_site, some_columns, unsearchable
+from qgraph.weights.search import columns, rounded_site, searchable, some_columns
 from qgraph.weights.site_weight import replace_weight
 
 TOKENS = 2048
@@ -70,7 +70,7 @@ class ClipWeights(Pass):
         groups = {
             x: chosen
             for x, sites in product_groups(model, "weight").items()
-            if (chosen := [site for site in sites if self._fits(site, context)])
+            if (chosen := [s for s in sites if searchable(s, self, context, "not clipped")])
         }
         if not groups:
             return False
@@ -97,12 +97,6 @@ class ClipWeights(Pass):
             replace_weight(model, site, weight, "clipped")
         remove_dead(model)
         return True
-
-    def _fits(self, site: Site, context: Context) -> bool:
-        why = unsearchable(site)
-        if why is not None:
-            self.remark(context, site, "declined", f"not clipped: {why}")
-        return why is None
 
     def _clip(self, site: Site, tokens: Rows, context: Context) -> tuple[Quantized, float]:
         """The rounded weight, and what clipping leaves of the noise."""

@@ -161,6 +161,9 @@ def _safe(q: Int, first: Int, nearest: Quantized, spec: QuantSpec, target: Targe
 def normal_equations(teacher: NDArray[Any], student: NDArray[Any]) -> tuple[Any, Any]:
     """What the sum of squared errors over tokens depends on, each token at unit power.
 
+    Of a sample that is there at once, and of x itself: :func:`qgraph.weights.gptq.gram_matrices`
+    adds up all tokens, feed by feed, and those of x - x'.
+
     Args:
         teacher, student: data x and Q(x), (tokens, K).
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.calibration.data import UNREACHED, calibration_feeds, not_finite
+from qgraph.calibration.data import OUT_OF_SIGHT, UNREACHED, calibration_feeds, not_finite
 from qgraph.calibration.resume import Resumable
 from qgraph.calibration.walk import Walk
 from qgraph.errors import QGraphError
@@ -119,9 +119,7 @@ class GPTQ(Pass):
             site = site_of(node)
             if site is None or not site.is_product or site.w_index not in specs:
                 continue
-            why: str | None = "it sits where no calibration data can be looked at"
-            if node in reached:
-                why = unroundable(site, specs, context)
+            why = unroundable(site, specs, context) if node in reached else OUT_OF_SIGHT
             if why is not None:
                 reached.discard(node)
                 self.remark(context, site, "declined", f"rounded to nearest: {why}")

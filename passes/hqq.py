@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from qgraph.numerics.reference import Float, Int
 from qgraph.numerics.spec import QuantSpec
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
-from qgraph.weights.search import rounded_site, unsearchable
+from qgraph.weights.search import rounded_site, searchable
 from qgraph.weights.site_weight import replace_weight
 
 BETA, KAPPA = 10.0, 1.01
@@ -67,8 +68,9 @@ class HQQ(Pass):
         check_counts(iterations=self.iterations)
 
     def run(self, model: ir.Model, context: Context) -> bool:
-        groups = product_groups(model, "weight").values()
-        chosen = [site for sites in groups for site in sites if self._fits(site, context)]
+        products = chain.from_iterable(product_groups(model, "weight").values())
+        otherwise = "stays rounded to nearest"
+        chosen = [site for site in products if searchable(site, self, context, otherwise)]
         if not chosen:
             return False
         resumable = Resumable.of(self, model, (), context)
@@ -81,12 +83,6 @@ class HQQ(Pass):
             self.remark(context, site, "applied", why, norm_ratio=float(arrays["ratio"]))
         remove_dead(model)
         return True
-
-    def _fits(self, site: Site, context: Context) -> bool:
-        why = unsearchable(site)
-        if why is not None:
-            self.remark(context, site, "declined", f"stays rounded to nearest: {why}")
-        return why is None
 
     def _quantize(self, site: Site) -> Arrays:
         """The rounded weight, and what is left of the norm of its errors."""

@@ -88,7 +88,7 @@ class InsertQDQ(Pass):
         sites = [s for node, _ in targeted if (s := site_of(node)) is not None]
         # A table takes the weight of a product that shares it as that one needs it.
         sites.sort(key=lambda site: site.kind == "gather")
-        weights, data = _Weights(model, context), _Data(model)
+        weights, data = _Weights(self, model, context), _Data(model)
         for site in context.progress(sites, "quantizing weights", len(sites)):
             weights.quantize(site)
         # All scales first: what moves data finds its own at its source, before that is rewritten.
@@ -162,6 +162,7 @@ class _HalfFloats:
 class _Weights:
     """Weights that were written, each once for all nodes that can share it."""
 
+    asking: InsertQDQ
     model: ir.Model
     context: Context
     written: dict[tuple[int, QuantSpec, int], tuple[Reader, np.ndarray]] = field(
@@ -189,15 +190,14 @@ class _Weights:
             self._quantize_bias(site, bias, scale)
         site.node.replace_input_with(site.w_index, reader(site.node))
         if (note := form.note(data)) is not None:
-            self.context.remark("note", InsertQDQ.name, site.name, site.node.op_type, note)
+            self.asking.remark(self.context, site, "note", note)
 
     def _write(self, site: Site, spec: QuantSpec, form: Format) -> tuple[Reader, np.ndarray]:
         weight = quantize_site(site, spec, self.context.target.saturates)
         release(site.weight)
         if weight.repaired:
             why = "channels requantized in which u8·s8 products could overflow int16"
-            op, count = site.node.op_type, weight.repaired
-            self.context.remark("applied", InsertQDQ.name, site.name, op, why, channels=count)
+            self.asking.remark(self.context, site, "applied", why, channels=weight.repaired)
         return form.write(self.model, str(site.weight.name), weight, spec), weight.scale
 
     def _quantize_bias(self, site: Site, bias: np.ndarray, w_scale: np.ndarray) -> None:

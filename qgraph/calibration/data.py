@@ -17,6 +17,9 @@ NEEDED_OR_DYNAMIC = (
 UNREACHED = "calibration data never reached it"
 """Why a value or layer has no statistics, as where a branch was never taken."""
 
+OUT_OF_SIGHT = "it sits where no calibration data can be looked at"
+"""Why a layer has none, as in the body of a loop."""
+
 
 def calibration_feeds(context: Context, most: int | None = None) -> list[Feed]:
     """The calibration data, or its first feeds.

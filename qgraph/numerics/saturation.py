@@ -53,6 +53,8 @@ def quantize_unsaturated(w: Float, scale: Float, activation_max: int | Int) -> t
     Widening the scale makes offending pairs rare, repair takes care of the rest: each column gets
     the factor between 1 and 127/64 (7-bit weights: nothing to repair) at which the two together
     cost least. For Gaussian columns that is about 1.6 and 4 dB of SQNR; repair alone costs 12-24.
+    (Not :func:`reference.search_clipping`: ranges grow here, only in columns that need it, and the
+    integers that count are those after the repair.)
 
     Args:
         w: (K, N), pairs along K.

@@ -138,10 +138,7 @@ def adaround(
         steps: of learning, for each layer.
         rules: which sites to treat otherwise.
     """
-    own = _weight_rules(bits, group_size, symmetric, "mse")
-    annotate = small_integers((*rules, *own, _convolutions(bits, symmetric)))
-    passes = (*FLOAT_STAGE, *annotate, *commit(AdaRound(steps)))
-    return Recipe("adaround", passes, calibrates=True)
+    return _learned(AdaRound(steps), bits, group_size, symmetric, rules)
 
 
 @listed
@@ -162,10 +159,7 @@ def autoround(
         steps: of learning, for each block.
         rules: which sites to treat otherwise.
     """
-    own = _weight_rules(bits, group_size, symmetric, "mse")
-    annotate = small_integers((*rules, *own, _convolutions(bits, symmetric)))
-    passes = (*FLOAT_STAGE, *annotate, *commit(AutoRound(steps)))
-    return Recipe("autoround", passes, calibrates=True)
+    return _learned(AutoRound(steps), bits, group_size, symmetric, rules)
 
 
 @listed
@@ -294,6 +288,15 @@ def checkpoint(
     annotate = small_integers((*first, own, *rules, *last), int8_weight(bits or 8))
     steps = (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel)))
     return Recipe("checkpoint", steps).insert(LoadCheckpoint(path, check), before="fold-batch-norm")
+
+
+def _learned(
+    rounding: Pass, bits: int, group_size: int, symmetric: bool, rules: Sequence[Rule]
+) -> Recipe:
+    """What learns to round products and convolutions, for data that stays float."""
+    own = _weight_rules(bits, group_size, symmetric, "mse")
+    annotate = small_integers((*rules, *own, _convolutions(bits, symmetric)))
+    return Recipe(rounding.name, (*FLOAT_STAGE, *annotate, *commit(rounding)), calibrates=True)
 
 
 def _weight_rules(

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.calibration.data import UNREACHED, calibration_feeds, not_finite
+from qgraph.calibration.data import OUT_OF_SIGHT, UNREACHED, calibration_feeds, not_finite
 from qgraph.calibration.resume import Resumable, Work
 from qgraph.calibration.walk import Walk
 from qgraph.errors import ModelError
@@ -43,9 +43,15 @@ class Method(Work, Protocol):
         """Learn what :meth:`start` gave for each weight; `plain` is the loss of `nearest`."""
         ...
 
+    def remark(
+        self, context: Context, site: Site, kind: Kind, message: str, **numbers: float
+    ) -> None:
+        """See :class:`qgraph.pipeline.pass_manager.Pass`."""
+        ...
+
 
 def learnable(
-    model: ir.Model, pass_name: str, context: Context, *, scales: bool = False
+    model: ir.Model, method: Method, context: Context, *, scales: bool = False
 ) -> list[Site]:
     """The products and convolutions whose weights can be learned; remarks about the others.
 
@@ -59,14 +65,12 @@ def learnable(
             continue
         if site.w_index not in specs:
             continue
-        why: str | None = "it sits where no calibration data can be looked at"
-        if not nested(model, node):
-            why = unroundable(site, specs, context)
+        why = OUT_OF_SIGHT if nested(model, node) else unroundable(site, specs, context)
         if why is None and scales:
             why = fixed_scales(specs[site.w_index], specs.get(site.x_index))
         if why is not None:
             message = f"rounded to nearest: {why}"
-            context.remark("declined", pass_name, site.name, node.op_type, message)
+            method.remark(context, site, "declined", message)
         else:
             sites.append(site)
     return sites
@@ -173,10 +177,7 @@ def _apply(
 ) -> None:
     for site, weight in zip(sites, outcome.weights, strict=True):
         replace_weight(model, site, weight, method.name)
-        context.remark(
-            outcome.kind, method.name, site.name, site.node.op_type, outcome.message,
-            **outcome.numbers,
-        )  # fmt: skip
+        method.remark(context, site, outcome.kind, outcome.message, **outcome.numbers)
 
 
 @dataclass(frozen=True)

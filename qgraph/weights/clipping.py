@@ -35,7 +35,8 @@ def gram(x: NDArray[Any], w: Float, spec: QuantSpec) -> Float:
     all of it; with each output at unit power, it would count no more than any other, though
     attention leans on it everywhere. :func:`noise.relative_noise` is the geometric mean of the
     noise in these two views, so a small step lowers it as it lowers their sum, each view in units
-    of the noise that rounding to nearest leaves in it.
+    of the noise that rounding to nearest leaves in it. (GPTQ and distillation give each token unit
+    power of the *data*, which needs no weight and serves all products that read it.)
 
     Args:
         x: data, (tokens, K).
@@ -61,7 +62,8 @@ def clipped_scales(w: Float, metric: Float, spec: QuantSpec, sweeps: int = SWEEP
 
     With the errors of the other blocks fixed, the error Δ of block b costs ΔᵀG_bbΔ + 2Δᵀp, where
     p = Σ G_bc Δ_c over the others. Where Δ = s · v - w with integers v, zero point subtracted, that
-    is least at s = vᵀ(G_bb w - p) / vᵀG_bb v.
+    is least at s = vᵀ(G_bb w - p) / vᵀG_bb v. (Not :func:`reference.search_clipping`: what a scale
+    costs depends on the other blocks, so each block's candidates meet its errors at once.)
 
     Args:
         w: float32 (K, N).

@@ -164,7 +164,8 @@ def fitted_scales(
     """Scale and zero point at which each block loses least by rounding to nearest.
 
     Ranges are shrunk as far as the error gains by it, and symmetric ones reach one step further on
-    either side.
+    either side. (Not :func:`reference.search_clipping`: a range and its mirror image share the
+    division and the rounding, which are most of the work.)
 
     Args:
         w: (K, N).
@@ -207,6 +208,9 @@ def gram_matrices(
     meant: Sequence[np.ndarray], seen: Sequence[np.ndarray], masks: Sequence[np.ndarray | None]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What the sum of squared errors over tokens depends on, each token at unit power.
+
+    Of all tokens, which arrive feed by feed, so in float64; and of what is missing in the data,
+    x - x', which is all that :func:`correction` needs.
 
     Args:
         meant, seen: of each feed, data x of the float model and what the rounded one has in its

@@ -19,6 +19,7 @@ from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.reference import Float
 from qgraph.numerics.spec import NUMPY, PerAxis, PerBlock, QuantSpec
 from qgraph.pipeline.context import Context
+from qgraph.pipeline.pass_manager import Pass
 from qgraph.weights import formats
 
 STRIP = 128
@@ -45,6 +46,15 @@ def unsearchable(site: Site) -> str | None:
     if len(site.weight.uses()) > 1:
         return "others read its weight too, and need it as it is"
     return fixed_scales(weight, data_spec(site))
+
+
+def searchable(site: Site, asking: Pass, context: Context, otherwise: str) -> bool:
+    """Whether the scales of its weight are free; where not, `asking` remarks why, after what it
+    says of such a site, `otherwise`."""
+    why = unsearchable(site)
+    if why is not None:
+        asking.remark(context, site, "declined", f"{otherwise}: {why}")
+    return why is None
 
 
 def unroundable(site: Site, specs: Mapping[int, QuantSpec], context: Context) -> str | None:

@@ -229,7 +229,7 @@ def said(context: Context) -> list[tuple[str, str, str]]:
 
 def cuts_of(model: ir.Model) -> tuple[list[str | None], list[str | None]]:
     context = apply(model, weights_alone())
-    sites = learnable(model, "adaround", context)
+    sites = learnable(model, AdaRound(), context)
     return (
         [v.name for v in around_sites(model, sites)],
         [v.name for v in narrow_points(model, sites)],

@@ -15,6 +15,7 @@ from qgraph.errors import PipelineError, VerificationError
 from qgraph.graph.annotation import Stage, stages_of
 from qgraph.graph.editing import add_constant, insert, redirect
 from qgraph.graph.names import fresh_name
+from qgraph.graph.sites import sites
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass, PassManager
 from tests.models import build, feed, if_model, mlp, ops, outputs, random_graph, small_convnet
@@ -320,3 +321,20 @@ def test_sound_rewrites_of_random_graphs_pass(model: ir.Model) -> None:
 def test_convolutional_models_are_probed_too() -> None:
     with pytest.raises(VerificationError, match="moved by"):
         run(small_convnet(), editing(scale_first_weight(1.5)))
+
+
+# --- remarks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_remark_about_several_sites_is_made_of_each(count: int) -> None:
+    model = if_model()
+    products = list(sites(model))[:count]
+    seen = context()
+    about = products[0] if count == 1 else iter(products)
+    editing(lambda _: False, name="speaker").remark(seen, about, "note", "so", number=0.5)
+    assert [(r.pass_name, r.kind, r.message, r.numbers) for r in seen.remarks] == [
+        ("speaker", "note", "so", {"number": 0.5})
+    ] * count
+    assert [r.site for r in seen.remarks] == [site.name for site in products]
+    assert [r.op for r in seen.remarks] == ["MatMul", "Gemm"][:count]
