@@ -203,8 +203,8 @@ class Annotate(Pass):
         at_run_time = self.rules + dynamic_rules(self.weight)
         for site in sites(model):
             inside = nested(model, site.node)
-            wanted = fixed if self.scheme == "static" and not inside else at_run_time
-            self._annotate(site, wanted, opset(model), inside, context)
+            rules = fixed if self.scheme == "static" and not inside else at_run_time
+            self._annotate(site, rules, opset(model), inside, context)
         _tell_what_is_slow(context)
         for node in nodes(model):
             if is_op(node, *LINEAR) and site_of(node) is None:
@@ -232,9 +232,11 @@ class Annotate(Pass):
             self.remark(context, site, "float", reason)
             return
         reasons: dict[QuantSpec, str] = {}
-        found: list[tuple[QuantSpec, QuantSpec | None, Verdict]] = []
+        choices: list[tuple[QuantSpec, QuantSpec | None, Verdict]] = []
         for weight, activation in product(_own(rule.weight, site), rule.activations or (None,)):
-            if found and (not rule.by_speed or _is_mean(found[0][2]) or weight != found[0][0]):
+            if choices and (
+                not rule.by_speed or _is_mean(choices[0][2]) or weight != choices[0][0]
+            ):
                 break
             if inside and activation is not None and not activation.dynamic:
                 verdict = Verdict(False, "calibration cannot look into bodies of control flow")
@@ -243,16 +245,16 @@ class Annotate(Pass):
             else:
                 verdict = context.target.supports(site, activation, weight)
             if verdict.ok:
-                found.append((weight, activation, verdict))
+                choices.append((weight, activation, verdict))
             else:
                 reasons.setdefault(weight, verdict.reason)
-        if not found:
+        if not choices:
             self.remark(context, site, "float", next(iter(reasons.values())))
             return
-        weight, activation, verdict = max(found, key=lambda choice: choice[2].speedup)
-        wanted, why = next(iter(reasons.items()), (weight, ""))
-        if wanted != weight:
-            message = f"weights are not {words(wanted)}: {why}"
+        weight, activation, verdict = max(choices, key=lambda choice: choice[2].speedup)
+        asked, why = next(iter(reasons.items()), (weight, ""))
+        if asked != weight:
+            message = f"weights are not {words(asked)}: {why}"
             self.remark(context, site, "declined", message)
         commit_to(site, activation, weight)
         measured = {"speedup": verdict.speedup, "conversions": verdict.conversions}
@@ -317,9 +319,9 @@ def _weigh_convolutions(asking: Annotate, model: ir.Model, context: Context) -> 
                 1 / numbers["speedup"], numbers.get("conversions", 0.0), size(site)
             )
             convolutions.append(site)
-    kept = settle(convolutions, costs, context.target.supports_glue)
+    settled = settle(convolutions, costs, context.target.supports_glue)
     for site in convolutions:
-        if site.node in kept:
+        if site.node in settled:
             continue
         retract(site)
         why = "int8 here would cost more in conversions around it than its kernel saves"

@@ -141,9 +141,14 @@ class AWQ(Pass):
         return {"factors": best, "alpha": np.array(alpha), "ratio": np.array(ratio)}
 
     def _scale(
-        self, model: ir.Model, sites: list[Site], route: Absorption, found: Arrays, context: Context
+        self,
+        model: ir.Model,
+        sites: list[Site],
+        route: Absorption,
+        results: Arrays,
+        context: Context,
     ) -> bool:
-        factors, alpha, ratio = found["factors"], float(found["alpha"]), float(found["ratio"])
+        factors, alpha, ratio = results["factors"], float(results["alpha"]), float(results["ratio"])
         if not alpha:
             self.remark(context, sites, "declined", "not scaled: no alpha lowers its error")
             return False
@@ -188,8 +193,8 @@ class _Trial:
         metric = self.metric / np.outer(factors, factors)
         if fixed_scales(self.spec, self.data):
             return output_error(rounded_weight(w, self.spec) - w, metric)
-        found = clipped_scales(w, metric, self.spec, sweeps=1)
-        return output_error(rounding_error(w, *found, self.spec), metric)
+        scales = clipped_scales(w, metric, self.spec, sweeps=1)
+        return output_error(rounding_error(w, *scales, self.spec), metric)
 
 
 def data_magnitude(x: NDArray[Any]) -> NDArray[np.float64]:

@@ -85,12 +85,12 @@ class BiasCorrection(Pass):
             feeds = [complete_feed(plain, f) for f in islice(context.calibration, self.trial)]
         except CalibrationError:  # the data can be read once only, and has been
             return None
-        wanted = _outputs(plain, feeds)
+        ideal = _outputs(plain, feeds)
         noise = []
         for model in (plain.clone(deep_copy=True), corrected):
             InsertQDQ().run(model, context)
-            found = _outputs(model, feeds)
-            noise.append(sum(map(relative_energy, wanted, found)))
+            actual = _outputs(model, feeds)
+            noise.append(sum(map(relative_energy, ideal, actual)))
         if not all(np.isfinite(noise)) or 0.0 in noise:
             return None
         return decibels(noise[0], noise[1])

@@ -105,10 +105,10 @@ class ClipWeights(Pass):
         errors = np.zeros(2)
 
         def search(w: Float, spec: QuantSpec) -> Scales:
-            found = clipped_scales(w, metric, spec, self.sweeps)
-            for i, scales in enumerate((full_range(w, spec), found)):
+            clipped = clipped_scales(w, metric, spec, self.sweeps)
+            for i, scales in enumerate((full_range(w, spec), clipped)):
                 errors[i] += output_error(rounding_error(w, *scales, spec), metric)
-            return found
+            return clipped
 
         weight = rounded_site(site, search)
         return weight, errors[1] / errors[0] if errors[0] else 1.0

@@ -198,7 +198,7 @@ def _replace(model: ir.Model, node: ir.Node, part: list[ir.Node], results: list[
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     name = node_name(node)
-    made: dict[ir.Value, ir.Value] = {}
+    constants: dict[ir.Value, ir.Value] = {}
     for new in part:
         new.metadata_props.update(node.metadata_props)
         for index, value in enumerate(new.inputs):
@@ -208,10 +208,10 @@ def _replace(model: ir.Model, node: ir.Node, part: list[ir.Node], results: list[
             if where[0] == "in":
                 new.replace_input_with(index, node.inputs[int(where[2])])
                 continue
-            if value not in made:
+            if value not in constants:
                 assert value.const_value is not None
-                made[value] = add_constant(model, f"{name}_constant", value.const_value)
-            new.replace_input_with(index, made[value])
+                constants[value] = add_constant(model, f"{name}_constant", value.const_value)
+            new.replace_input_with(index, constants[value])
         for value in new.outputs:
             if value.name:
                 value.name = fresh_name(model, f"{name}_{new.op_type}")

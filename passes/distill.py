@@ -135,8 +135,8 @@ class Distill(Pass):
         q = np.empty(w.shape, first.dtype)
         for start in range(0, w.shape[1], COLUMNS):
             part = (slice(None), slice(start, start + COLUMNS))
-            found = distilled(w[part], first[part], steps[part], gram, cross, spec, self.sweeps)
-            q[part] = _safe(found, first[part], nearest, spec, target)
+            moved = distilled(w[part], first[part], steps[part], gram, cross, spec, self.sweeps)
+            q[part] = _safe(moved, first[part], nearest, spec, target)
 
         y = tokens[test] @ w
         before, after = (relative_noise(y, seen[test] @ (i * steps)) for i in (first, q))
@@ -203,11 +203,11 @@ def distilled(
     """
     qmin = lowest(spec)
     ridge = damping * gram.diagonal().mean()
-    wanted = cross @ w
+    goal = cross @ w
     damped = gram + ridge * np.eye(len(gram), dtype=gram.dtype)
     curvature = np.maximum(damped.diagonal(), np.finfo(gram.dtype).tiny)
     new = q.astype(gram.dtype)
-    residual = wanted + ridge * w - damped @ (new * steps)
+    residual = goal + ridge * w - damped @ (new * steps)
     for _ in range(sweeps):
         for start in range(0, len(q), STRIP):
             strip = slice(start, start + STRIP)
@@ -218,5 +218,5 @@ def distilled(
                 here -= np.outer(local[:, k], (best - new[row]) * steps[row])
                 new[row] = best
             residual -= damped[:, strip] @ ((new[strip] - old) * steps[strip])
-    errors = [(v * (gram @ v - 2 * wanted)).sum(axis=0) for v in (q * steps, new * steps)]
+    errors = [(v * (gram @ v - 2 * goal)).sum(axis=0) for v in (q * steps, new * steps)]
     return np.where(errors[1] < errors[0], new, q).astype(q.dtype)

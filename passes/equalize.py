@@ -88,11 +88,11 @@ class Equalize(Pass):
             site = site_of(node)
             if site is None or not (site.is_product or site.kind == "conv"):
                 continue
-            found = _pair(site)
-            if isinstance(found, _Pair):
-                yield found
+            pair = _pair(site)
+            if isinstance(pair, _Pair):
+                yield pair
             else:
-                self.remark(context, site, "declined", found)
+                self.remark(context, site, "declined", pair)
 
 
 @dataclass(frozen=True, eq=False)

@@ -232,10 +232,10 @@ def _bias(site: Site, add: ir.Node | None) -> np.ndarray | None:
         return None
     if value is None:
         return np.zeros(channels)
-    found = array(value)
-    if found is None or not _one_each(found, channels):
+    bias = array(value)
+    if bias is None or not _one_each(bias, channels):
         return None
-    return np.broadcast_to(found.reshape(-1), channels)
+    return np.broadcast_to(bias.reshape(-1), channels)
 
 
 def _bias_add(site: Site) -> ir.Node | None:

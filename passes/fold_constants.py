@@ -110,8 +110,8 @@ class FoldConstants(Pass):
             return None
         tensors = [tensor for tensor in inputs.values() if tensor is not None]
         given = sum(tensor.nbytes for tensor in tensors)
-        made = sum(_nbytes(value) for value in node.outputs if value.name)
-        if made > given + self.growth:
+        needed = sum(_nbytes(value) for value in node.outputs if value.name)
+        if needed > given + self.growth:
             return None
         if given <= self.lazy:
             return _evaluate(node, tensors, model.opset_imports)

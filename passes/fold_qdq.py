@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import redirect, remove_dead
 from qgraph.graph.ops import CLAMPS, MOVES
-from qgraph.graph.reading import array, graphs, input_of, is_op, scope
+from qgraph.graph.reading import array, graphs, input_of, is_op, producer, scope
 from qgraph.numerics.reference import quantize
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -63,8 +63,8 @@ def _idle(q: ir.Node) -> bool:
 
 def _cancel(q: ir.Node) -> bool:
     """DQ -> Q with the same parameters: use the integers behind the DQ."""
-    dq = _producer(q)
-    if not is_op(dq, "DequantizeLinear") or dq is None or not same_parameters(dq, q):
+    dq = producer(q, 0)
+    if not is_op(dq, "DequantizeLinear") or not same_parameters(dq, q):
         return False
     source = input_of(dq, 0)
     if q.outputs[0].is_graph_output():
@@ -75,11 +75,11 @@ def _cancel(q: ir.Node) -> bool:
 
 def _move(q: ir.Node) -> bool:
     """DQ -> move -> Q with the same parameters: move the integers."""
-    move = _producer(q)
-    if not is_op(move, *MOVES) or move is None or len(list(move.outputs[0].uses())) != 1:
+    move = producer(q, 0)
+    if not is_op(move, *MOVES) or len(list(move.outputs[0].uses())) != 1:
         return False
-    dq = _producer(move)
-    if not is_op(dq, "DequantizeLinear") or dq is None or not same_parameters(dq, q):
+    dq = producer(move, 0)
+    if not is_op(dq, "DequantizeLinear") or not same_parameters(dq, q):
         return False
     scale = array(q.inputs[1])
     if move.outputs[0].is_graph_output() or scale is None or scale.ndim:
@@ -97,8 +97,8 @@ def _move(q: ir.Node) -> bool:
 
 def _absorb_clamp(q: ir.Node) -> bool:
     """Relu or Clip -> Q: drop the clamp if quantizing its bounds gives the integer limits."""
-    clamp = _producer(q)
-    if not is_op(clamp, *CLAMPS) or clamp is None or len(list(clamp.outputs[0].uses())) != 1:
+    clamp = producer(q, 0)
+    if not is_op(clamp, *CLAMPS) or len(list(clamp.outputs[0].uses())) != 1:
         return False
     scale, zero = array(q.inputs[1]), array(q.inputs[2]) if len(q.inputs) > 2 else None
     if clamp.outputs[0].is_graph_output() or scale is None or zero is None or scale.ndim:
@@ -132,14 +132,9 @@ def clamp_bounds(node: ir.Node) -> tuple[float | None, float | None]:
         elif value is None:
             bounds.append(default)
         else:
-            found = array(value)
-            bounds.append(None if found is None or found.size != 1 else float(found.reshape(())))
+            bound = array(value)
+            bounds.append(None if bound is None or bound.size != 1 else float(bound.reshape(())))
     return bounds[0], bounds[1]
-
-
-def _producer(node: ir.Node) -> ir.Node | None:
-    value = node.inputs[0] if node.inputs else None
-    return value.producer() if value is not None else None
 
 
 def same_parameters(a: ir.Node, b: ir.Node) -> bool:

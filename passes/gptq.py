@@ -136,13 +136,13 @@ class GPTQ(Pass):
         shared = problem(gram, cross, self.damping, self.act_order)
         if shared is None:
             return [None] * len(sites)
-        found: list[Rounded | None] = []
+        rounded: list[Rounded | None] = []
         for site in sites:
             nearest = _to_nearest(site, context)
             w, spec = constant_array(site.weight), annotated_weight_spec(site)
-            found.append(round_weight(w, site.axis, nearest, spec, shared))
+            rounded.append(round_weight(w, site.axis, nearest, spec, shared))
             release(site.weight)
-        return found
+        return rounded
 
     def _report(self, site: Site, rounded: Rounded | None, context: Context) -> None:
         if rounded is None:
@@ -184,23 +184,23 @@ def _to_nearest(site: Site, context: Context) -> Quantized:
 # --- what is kept of a run ------------------------------------------------------------------------
 
 
-def _arrays(found: Sequence[Rounded | None]) -> dict[str, np.ndarray]:
-    kept = to_arrays([None if r is None else r.weight for r in found])
-    for i, r in enumerate(found):
+def _arrays(rounded: Sequence[Rounded | None]) -> dict[str, np.ndarray]:
+    arrays = to_arrays([None if r is None else r.weight for r in rounded])
+    for i, r in enumerate(rounded):
         if r is not None:
-            kept[f"{i}.numbers"] = np.array([r.noise, r.nearest, r.columns, r.damping])
-    return kept
+            arrays[f"{i}.numbers"] = np.array([r.noise, r.nearest, r.columns, r.damping])
+    return arrays
 
 
-def _restored(kept: Arrays) -> list[Rounded | None]:
-    found: list[Rounded | None] = []
-    for i, weight in enumerate(from_arrays(kept)):
+def _restored(arrays: Arrays) -> list[Rounded | None]:
+    rounded: list[Rounded | None] = []
+    for i, weight in enumerate(from_arrays(arrays)):
         if weight is None:
-            found.append(None)
+            rounded.append(None)
             continue
-        noise, plain, columns, damping = kept[f"{i}.numbers"].tolist()
-        found.append(Rounded(weight, noise, plain, int(columns), damping))
-    return found
+        noise, plain, columns, damping = arrays[f"{i}.numbers"].tolist()
+        rounded.append(Rounded(weight, noise, plain, int(columns), damping))
+    return rounded
 
 
 def _state(walks: Sequence[Walk]) -> dict[str, np.ndarray]:

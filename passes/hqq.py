@@ -89,10 +89,10 @@ class HQQ(Pass):
         norms = np.zeros(2)
 
         def search(w: Float, spec: QuantSpec) -> Scales:
-            found = half_quadratic(w, spec, self.p, self.iterations)
-            for i, scales in enumerate((full_range(w, spec), found)):
+            fitted = half_quadratic(w, spec, self.p, self.iterations)
+            for i, scales in enumerate((full_range(w, spec), fitted)):
                 norms[i] += lp_norm(rounding_error(w, *scales, spec), spec, self.p).sum()
-            return found
+            return fitted
 
         weight = rounded_site(site, search)
         ratio = norms[1] / norms[0] if norms[0] else 1.0

@@ -58,11 +58,11 @@ class InsertObservers(Pass):
     def run(self, model: ir.Model, context: Context) -> bool:
         ranged = product_groups(model) if self.channel_ranges else {}
         values = [v for v in _values(model.graph) if v in ranged or static_specs(v)]
-        found = [(v, static_specs(v)) for v in values]
-        for value, specs in found:
+        observed = [(v, static_specs(v)) for v in values]
+        for value, specs in observed:
             declare(model, OBSERVER)
             self._observe(model, value, self._wanted(value, specs, context.target.saturates))
-        return bool(found)
+        return bool(observed)
 
     def _observe(self, model: ir.Model, value: ir.Value, wanted: Wanted) -> None:
         producer = value.producer()

@@ -132,8 +132,7 @@ class _HalfFloats:
         name = f"{last.name}_cast"
         to = {"to": int(dtype or ir.DataType.FLOAT16)}
         back = insert(self.model, chain[-1], "Cast", [last], base=name, attributes=to, after=True)
-        narrow = back.outputs[0]
-        narrow.shape, narrow.type = last.shape, ir.TensorType(dtype or ir.DataType.FLOAT16)
+        narrow = typed(back, dtype or ir.DataType.FLOAT16, last.shape)
         redirect(last, narrow, keep=[back])
 
     def _widened(self, node: ir.Node, value: ir.Value) -> ir.Value:
@@ -243,7 +242,7 @@ class _Data:
             self.model, anchor or first, "QuantizeLinear", inputs,
             base=f"{value.name}_q", attributes=attributes, after=anchor is not None,
         )  # fmt: skip
-        q.outputs[0].type, q.outputs[0].shape = ir.TensorType(spec.dtype), value.shape
+        typed(q, spec.dtype, value.shape)
         if spec.dtype in FLOAT8:
             new = self._widened_float8(q, value, inputs[1])
         else:
@@ -278,7 +277,7 @@ class _Data:
         )
         base = f"{value.name}_clamped"
         clip = insert(self.model, q, "Clip", [q.outputs[0], *limits], base=base, after=True)
-        clip.outputs[0].type, clip.outputs[0].shape = q.outputs[0].type, value.shape
+        typed(clip, q.outputs[0].dtype, value.shape)
         return clip
 
     def quantize_at_run_time(self, node: ir.Node, index: int, spec: QuantSpec) -> None:
@@ -311,7 +310,7 @@ class _Data:
             self.model, anchor, QUANTIZE_PER_TOKEN, [value, step, zero, floor],
             base=f"{value.name}_q", domain="qgraph", outputs=2,
         )  # fmt: skip
-        q.outputs[0].type, q.outputs[0].shape = ir.TensorType(spec.dtype), value.shape
+        typed(q, spec.dtype, value.shape)
         q.outputs[1].type = ir.TensorType(ir.DataType.FLOAT)
         dq = insert(
             self.model, anchor, DEQUANTIZE_PER_TOKEN, [*q.outputs, step, zero],
@@ -336,12 +335,12 @@ _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def _moves_clamped(q: ir.Node) -> bool:
     """Whether `q` gets back integers that were clamped, moved as floats of the same scale."""
     move = producer(q, 0)
-    if move is None or not is_op(move, *MOVES) or move.inputs[0] is None:
+    if not is_op(move, *MOVES):
         return False
-    dq = move.inputs[0].producer()
-    if dq is None or not is_op(dq, "DequantizeLinear") or dq.inputs[0] is None:
+    dq = producer(move, 0)
+    if not is_op(dq, "DequantizeLinear"):
         return False
-    clamped = is_op(dq.inputs[0].producer(), "Clip")
+    clamped = is_op(producer(dq, 0), "Clip")
     return clamped and all(_equal(dq.inputs[i], q.inputs[i]) for i in (1, 2))
 
 

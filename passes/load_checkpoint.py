@@ -201,9 +201,9 @@ class _Matrices:
             layer.q.shape if layer else checkpoint.shape(f"{part}.weight")[::-1]
             for part, layer in zip(parts, layers, strict=True)
         ]
-        found = (shapes[0][0], sum(shape[-1] for shape in shapes))
-        if found != site.kn or any(shape[0] != found[0] for shape in shapes):
-            raise misfit(" + ".join(parts), found, site, site.kn)
+        kn = (shapes[0][0], sum(shape[-1] for shape in shapes))
+        if kn != site.kn or any(shape[0] != kn[0] for shape in shapes):
+            raise misfit(" + ".join(parts), kn, site, site.kn)
         if check:
             self._compare(site, parts, layers)
         packed = [layer for layer in layers if layer is not None]

@@ -159,16 +159,16 @@ class Smooth(Pass):
         if route is not None:
             x_peaks, w_peaks = merge(route.ties, x_peaks), merge(route.ties, w_peaks)
         alphas = (0.0, *(GRID if isinstance(self.alpha, str) else (self.alpha,)))
-        found = {alpha: smoothing_factors(x_peaks, w_peaks, alpha) for alpha in alphas}
+        factors = {alpha: smoothing_factors(x_peaks, w_peaks, alpha) for alpha in alphas}
         if tokens is None:
-            noise = {alpha: expected_noise(x_peaks, w_peaks, s) for alpha, s in found.items()}
+            noise = {alpha: expected_noise(x_peaks, w_peaks, s) for alpha, s in factors.items()}
             alpha = alphas[-1]
         else:
-            noise = _measured_noise(x, sites, tokens, found, seed)
+            noise = _measured_noise(x, sites, tokens, factors, seed)
             alpha = next(a for a in alphas if noise[a] <= NEARLY * min(noise.values()))
         ratio = noise[0.0] / noise[alpha] if noise[alpha] else 1.0
         measured = {} if tokens is None else {"noise": noise[alpha]}
-        return found[alpha], {"alpha": alpha, "noise_ratio": ratio, **measured}
+        return factors[alpha], {"alpha": alpha, "noise_ratio": ratio, **measured}
 
 
 def _insert(model: ir.Model, sites: list[Site], factors: Float) -> ir.Value:

@@ -102,15 +102,15 @@ class SplitOutliers(Pass):
         stats = calibrated_stats(x)
         peaks = stats.channel_peak
         assert peaks is not None
-        found = outliers(peaks, self.threshold, self.share, self.most)
-        if not found.size:
+        channels = outliers(peaks, self.threshold, self.share, self.most)
+        if not channels.size:
             why = "not split: no channel has outliers"
             self.remark(context, quantized, "declined", why, largest=peaks.max())
             return False
 
         hush = np.ones(peaks.size, np.float32)
-        hush[found] = HUSH
-        taken = _take(model, x, found, quantized[0].node)
+        hush[channels] = HUSH
+        taken = _take(model, x, channels, quantized[0].node)
         route = absorption(x, [taken, *(site.node for site in sites)])
         if route is not None and _carries(route, hush):
             divide(model, route, hush)
@@ -119,29 +119,29 @@ class SplitOutliers(Pass):
                 if site not in quantized:
                     scale_inputs(model, site, hush)
         else:
-            hushed, rows_gain = _masked(model, x, found, quantized), np.float32(1)
+            hushed, rows_gain = _masked(model, x, channels, quantized), np.float32(1)
         set_stats(hushed, stats.divided(hush))
         for site in quantized:
-            rows = _rows(site, found) * rows_gain
+            rows = _rows(site, channels) * rows_gain
             if not read_elsewhere(site.weight, sites):
-                scale_inputs(model, site, row_factors(input_peaks(site), found))
+                scale_inputs(model, site, row_factors(input_peaks(site), channels))
             _add(model, site, taken.outputs[0], rows)
-        numbers = {"channels": found.size, "of": peaks.size}
+        numbers = {"channels": channels.size, "of": peaks.size}
         self.remark(
             context, quantized, "applied", "channels with outliers stay in float", **numbers
         )
         return True
 
 
-def _take(model: ir.Model, x: ir.Value, found: Indices, before: ir.Node) -> ir.Node:
-    chosen = add_constant(model, f"{x.name}_outliers", found)
+def _take(model: ir.Model, x: ir.Value, channels: Indices, before: ir.Node) -> ir.Node:
+    chosen = add_constant(model, f"{x.name}_outliers", channels)
     taken = insert(
         model, before, "Gather", [x, chosen], base=f"{x.name}_outlying", attributes={"axis": -1}
     )
     result = taken.outputs[0]
     result.type = x.type
     if x.shape is not None:
-        result.shape = ir.Shape([*x.shape[:-1], found.size])
+        result.shape = ir.Shape([*x.shape[:-1], channels.size])
     return taken
 
 
@@ -153,10 +153,10 @@ def _carries(route: Absorption, hush: NDArray[np.float32]) -> bool:
     return not rounded and np.array_equal(merge(route.ties, hush), hush)
 
 
-def _masked(model: ir.Model, x: ir.Value, found: Indices, sites: list[Site]) -> ir.Value:
+def _masked(model: ir.Model, x: ir.Value, channels: Indices, sites: list[Site]) -> ir.Value:
     """x with zeros for the outliers, for these sites."""
     keep = np.ones(sites[0].kn[0], np.float32)
-    keep[found] = 0
+    keep[channels] = 0
     mask = add_constant(model, f"{x.name}_mask", keep)
     masked = insert(model, sites[0].node, "Mul", [x, mask], base=f"{x.name}_masked").outputs[0]
     masked.type, masked.shape = x.type, x.shape
@@ -165,10 +165,10 @@ def _masked(model: ir.Model, x: ir.Value, found: Indices, sites: list[Site]) -> 
     return masked
 
 
-def _rows(site: Site, found: Indices) -> NDArray[np.float32]:
+def _rows(site: Site, channels: Indices) -> NDArray[np.float32]:
     """The weights that the outliers meet: (outliers, N)."""
     w = constant_array(site.weight)
-    rows: NDArray[np.float32] = w.take(found, 1 - site.axis)
+    rows: NDArray[np.float32] = w.take(channels, 1 - site.axis)
     release(site.weight)
     alpha = np.float32(attribute(site.node, "alpha", 1.0))
     return np.ascontiguousarray(rows.T if site.axis == 0 else rows) * alpha
@@ -189,7 +189,7 @@ def _add(model: ir.Model, site: Site, taken: ir.Value, rows: NDArray[np.float32]
     move_annotations(y, total.outputs[0])
 
 
-def row_factors(peaks: NDArray[Any], found: Indices) -> NDArray[np.float32]:
+def row_factors(peaks: NDArray[Any], channels: Indices) -> NDArray[np.float32]:
     """Factors that take the rows of the outliers out of the way of the integers' scales.
 
     They meet nothing any more and could as well be zeros. But a row that was only made smaller is
@@ -197,14 +197,14 @@ def row_factors(peaks: NDArray[Any], found: Indices) -> NDArray[np.float32]:
 
     Args:
         peaks: (K,), largest magnitude of the weights that each channel meets.
-        found: the outliers.
+        channels: the outliers.
 
     Returns:
         (K,), 1 except for outliers with larger weights than the median channel.
     """
     typical = np.median(peaks)
     factors = np.ones(peaks.size, np.float32)
-    factors[found] = typical / np.maximum(peaks[found], typical) if typical > 0 else 1
+    factors[channels] = typical / np.maximum(peaks[channels], typical) if typical > 0 else 1
     return factors
 
 

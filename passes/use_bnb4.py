@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.annotation import Stage
-from qgraph.graph.editing import insert, remove_dead, replace, shared_constant
+from qgraph.graph.editing import insert, remove_dead, replace, shared_constant, typed
 from qgraph.graph.functions import undeclare_unused
 from qgraph.graph.reading import (
     MICROSOFT,
@@ -109,14 +109,14 @@ def _replace(model: ir.Model, node: ir.Node, call: ir.Node) -> None:
     attributes = {
         "K": count * size, "N": n, "block_size": size, "quant_type": _quant_type(table) or 0,
     }  # fmt: skip
-    made = insert(
+    product = insert(
         model, node, "MatMulBnb4", inputs,
         base=f"{y.name}_MatMulBnb4", attributes=attributes, domain=MICROSOFT,
     )  # fmt: skip
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        made.outputs[0].type, made.outputs[0].shape = y.type, y.shape
-        made = insert(model, node, "Add", [*made.outputs, node.inputs[2]], base=f"{y.name}_Add")
-    replace(node, made.outputs[0])
+        terms = [typed(product, y.dtype, y.shape), node.inputs[2]]
+        product = insert(model, node, "Add", terms, base=f"{y.name}_Add")
+    replace(node, product.outputs[0])
 
 
 def _flat(model: ir.Model, call: ir.Node) -> ir.Value:
@@ -125,6 +125,5 @@ def _flat(model: ir.Model, call: ir.Node) -> ir.Value:
     if scales is not None:
         return shared_constant(model, f"{scale.name}_bnb4", scales.reshape(-1))
     shape = shared_constant(model, "qgraph/shape_-1", np.array([-1], np.int64))
-    made = insert(model, call, "Reshape", [scale, shape], base=f"{scale.name}_flat")
-    made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    return made.outputs[0]
+    flat = insert(model, call, "Reshape", [scale, shape], base=f"{scale.name}_flat")
+    return typed(flat, ir.DataType.FLOAT, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph.graph.editing import insert, redirect, replace
+from qgraph.graph.editing import insert, redirect, replace, typed
 from qgraph.graph.reading import MICROSOFT, constant, is_op, nodes, producer
 from qgraph.graph.sites import only_user
 
@@ -60,7 +60,7 @@ def part_rms_norms(model: ir.Model) -> bool:
             continue
         terms = [x, skip] if bias is None else [x, skip, bias]
         total = insert(model, node, "Sum", terms, base=f"{node.outputs[0].name}_sum")
-        total.outputs[0].type, total.outputs[0].shape = x.type, x.shape
+        typed(total, x.dtype, x.shape)
         epsilon = node.attributes.get("epsilon")
         attributes = {"epsilon": epsilon.as_float() if epsilon else 1e-12, "axis": -1}
         norm = insert(

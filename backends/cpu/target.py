@@ -155,12 +155,12 @@ class CpuTarget:
             return Verdict(
                 False, f"int{bits} blocks of {size} are {speedups.min():.2f}x float {where}"
             )
-        told = ", ".join(
+        figures = ", ".join(
             f"{speedup:.2f}x for {rows} rows" if rows > 1 else f"{speedup:.2f}x for one"
             for rows, speedup in zip(ROWS[self.optimize_for], speedups, strict=True)
         )
         slowest = float(speedups.min()) if len(speedups) > 1 else float("inf")
-        return Verdict(True, f"{told} {where}", mean, slowest=slowest)
+        return Verdict(True, f"{figures} {where}", mean, slowest=slowest)
 
     def _convolution(self, lowering: Lowering, k: int, n: int) -> Verdict:
         """A convolution's own speedup and what conversions around it cost, see

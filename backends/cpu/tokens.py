@@ -28,11 +28,11 @@ def lower_quantizers(model: ir.Model) -> bool:
     There is no guard against tokens of zeros: 0/0 rounds to some integer, and what it becomes is
     multiplied by the token's magnitude 0.
     """
-    found = [node for node in nodes(model) if is_call(node, QUANTIZE_PER_TOKEN)]
+    quantizers = [node for node in nodes(model) if is_call(node, QUANTIZE_PER_TOKEN)]
     known: dict[tuple[object, ...], ir.Value] = {}
-    for node in found:
+    for node in quantizers:
         _lower(model, node, known)
-    return bool(found)
+    return bool(quantizers)
 
 
 def defer_scales(model: ir.Model) -> bool:

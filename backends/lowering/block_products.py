@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qgraph.backends.lowering.match import INT8_COMPUTE, blocks_of, fewest_bits, gemm_bias
 from qgraph.graph.editing import insert, replace, shared_constant, typed
 from qgraph.graph.functions import ROUND_IN_BLOCKS, is_call
-from qgraph.graph.reading import MICROSOFT, array, attribute, is_op, nodes
+from qgraph.graph.reading import MICROSOFT, array, attribute, is_op, nodes, producer
 from qgraph.numerics.packing import pack
 
 
@@ -29,9 +29,9 @@ def lower_block_products(model: ir.Model) -> bool:
     """
     changed = False
     for node in nodes(model):
-        if not is_op(node, "MatMul", "Gemm") or node.inputs[0] is None or node.inputs[1] is None:
+        if not is_op(node, "MatMul", "Gemm"):
             continue
-        rounded, dq = node.inputs[0].producer(), node.inputs[1].producer()
+        rounded, dq = producer(node, 0), producer(node, 1)
         if rounded is None or dq is None or not is_call(rounded, ROUND_IN_BLOCKS):
             continue
         columns = _columns(node, dq, rounded) if is_op(dq, "DequantizeLinear") else None
@@ -66,10 +66,10 @@ def _columns(node: ir.Node, dq: ir.Node, rounded: ir.Node) -> _Columns | None:
     q = np.asarray(q, np.int16)
     blocks = blocks_of(dq)
     if blocks is None:
-        found = _per_channel(dq, 1 - k_axis, -(-q.shape[k_axis] // size))
-        if found is None:
+        channels = _per_channel(dq, 1 - k_axis, -(-q.shape[k_axis] // size))
+        if channels is None:
             return None
-        scales, zeros = found
+        scales, zeros = channels
         if k_axis:
             scales, zeros = scales.T, None if zeros is None else zeros.T
     elif blocks.size == size and blocks.axis == k_axis:
@@ -134,12 +134,12 @@ def multiply_in_blocks(
     attributes = {
         "K": k, "N": n, "bits": bits, "block_size": size, "accuracy_level": INT8_COMPUTE,
     }  # fmt: skip
-    made = insert(
+    product = insert(
         model, node, "MatMulNBits", inputs,
         base=f"{base}_MatMulNBits", attributes=attributes, domain=MICROSOFT,
     )  # fmt: skip
     bias = gemm_bias(model, node)
     if bias is not None:
-        typed(made, node.outputs[0].dtype, node.outputs[0].shape)
-        made = insert(model, node, "Add", [*made.outputs, bias], base=f"{base}_Add")
-    replace(node, made.outputs[0])
+        typed(product, node.outputs[0].dtype, node.outputs[0].shape)
+        product = insert(model, node, "Add", [*product.outputs, bias], base=f"{base}_Add")
+    replace(node, product.outputs[0])

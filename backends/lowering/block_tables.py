@@ -115,12 +115,12 @@ def _bytes(model: ir.Model, node: ir.Node, name: str, packed: np.ndarray) -> ir.
     if not np.array_equal(wide[:, :width], packed):
         return add_constant(model, name, packed)
     shape = shared_constant(model, f"{name}_shape", np.array([rows, -1], np.int64))
-    made = insert(model, node, "Reshape", [known, shape], base=f"{name}_rows")
+    view = insert(model, node, "Reshape", [known, shape], base=f"{name}_rows")
     if wide.shape[1] > width:  # the product's last block is padded
         edges = [
             shared_constant(model, f"qgraph/number_{edge}", np.array([edge], np.int64))
             for edge in (0, width, 1)
         ]
-        typed(made, ir.DataType.UINT8, wide.shape)
-        made = insert(model, node, "Slice", [*made.outputs, *edges], base=f"{name}_unpadded")
-    return typed(made, ir.DataType.UINT8, packed.shape)
+        typed(view, ir.DataType.UINT8, wide.shape)
+        view = insert(model, node, "Slice", [*view.outputs, *edges], base=f"{name}_unpadded")
+    return typed(view, ir.DataType.UINT8, packed.shape)

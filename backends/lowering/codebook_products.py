@@ -40,9 +40,9 @@ def lower_codebook_products(model: ir.Model) -> bool:
     """
     changed = False
     for node in nodes(model):
-        found = _match(node)
-        if found is not None:
-            _lower(model, node, found)
+        product = _match(node)
+        if product is not None:
+            _lower(model, node, product)
             changed = True
     return changed
 

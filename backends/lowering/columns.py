@@ -10,7 +10,16 @@ import onnx_ir as ir
 from qgraph.backends.lowering.match import Blocks, blocks_of, dynamic_data
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, shared_constant, typed
-from qgraph.graph.reading import array, attribute, constant, constant_array, dims, is_op, nodes
+from qgraph.graph.reading import (
+    array,
+    attribute,
+    constant,
+    constant_array,
+    dims,
+    is_op,
+    nodes,
+    producer,
+)
 from qgraph.numerics.reference import SMALLEST_SCALE
 
 
@@ -46,9 +55,9 @@ def unpack_weights(model: ir.Model, limit: int = 127) -> bool:
 def _weights(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
     """The products of the model, each with the DequantizeLinear of its constant weight."""
     for node in nodes(model):
-        if not is_op(node, "MatMul", "Gemm") or node.inputs[1] is None:
+        if not is_op(node, "MatMul", "Gemm"):
             continue
-        dq = node.inputs[1].producer()
+        dq = producer(node, 1)
         if is_op(dq, "DequantizeLinear") and constant(dq.inputs[0]) is not None:
             yield node, dq
 
@@ -75,12 +84,11 @@ def _unpack(model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks, limit: 
     base = q.name
     columns, column = _rounded_columns(model, node, q, blocks, limit)
     scale = add_constant(model, f"{base}_column_scale", column.reshape(-1))
-    made = insert(
+    dq = insert(
         model, node, "DequantizeLinear", [columns, scale],
         base=f"{base}_columns_dq", attributes={"axis": 1 - blocks.axis},
     )  # fmt: skip
-    made.outputs[0].type, made.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), q.shape
-    node.replace_input_with(1, made.outputs[0])
+    node.replace_input_with(1, typed(dq, ir.DataType.FLOAT, q.shape))
 
 
 def _spread(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.editing import add_constant, insert
+from qgraph.graph.editing import add_constant, insert, typed
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
 from qgraph.graph.reading import array, attribute, dims, is_op, producer
 
@@ -84,9 +84,8 @@ def gemm_bias(model: ir.Model, node: ir.Node) -> ir.Value | None:
     if beta == 1.0:
         return bias
     factor = add_constant(model, f"{node.name}_beta", np.float32(beta))
-    made = insert(model, node, "Mul", [bias, factor], base=f"{node.name}_bias").outputs[0]
-    made.type, made.shape = bias.type, bias.shape
-    return made
+    scaled = insert(model, node, "Mul", [bias, factor], base=f"{node.name}_bias")
+    return typed(scaled, bias.dtype, bias.shape)
 
 
 INT8_COMPUTE = 4

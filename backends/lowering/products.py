@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph.backends.lowering.match import dynamic_data, gemm_bias, symmetric_scale
 from qgraph.graph.builder import Builder
-from qgraph.graph.editing import add_constant, insert, replace
+from qgraph.graph.editing import add_constant, insert, replace, typed
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
 from qgraph.graph.reading import (
     MICROSOFT,
@@ -78,7 +78,7 @@ def _folds(value: ir.Value | None) -> bool:
 
     The operators are those that this package itself writes weights with.
     """
-    node = value.producer() if value is not None else None
+    node = None if value is None else value.producer()
     if is_op(node, "Cast", "Gather", "Mul", "Round", "Sub", "Transpose"):
         return all(map(_folds, node.inputs))
     return constant(value) is not None
@@ -98,7 +98,9 @@ def _lower_product(model: ir.Model, product: _DynamicProduct, dialect: Dialect) 
         y = graph.op("MatMulIntegerToFloat", *inputs, shape=shape, domain=MICROSOFT)
     elif dialect == "onnxruntime":
         assert q is not None
-        x = q.producer().inputs[0]  # type: ignore[union-attr]
+        quantizer = q.producer()
+        assert quantizer is not None
+        x = quantizer.inputs[0]
         fused = bias if dims(bias) == dims(weight)[1:] else None
         inputs = [x, weight, scale, None, fused]
         y = graph.op("DynamicQuantizeMatMul", *inputs, shape=shape, domain=MICROSOFT)
@@ -127,7 +129,7 @@ def _weight(model: ir.Model, product: _DynamicProduct) -> tuple[ir.Value, ir.Val
             value = add_constant(model, f"{value.name}_T", np.ascontiguousarray(q.T))
         else:
             turn = insert(model, product.node, "Transpose", [value], base=f"{value.name}_T")
-            turn.outputs[0].type, value = value.type, turn.outputs[0]
+            value = typed(turn, value.dtype, None)
     alpha, scales = attribute(product.node, "alpha", 1.0), array(scale)
     if alpha != 1.0 and scales is not None:
         scale = add_constant(

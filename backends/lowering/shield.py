@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.editing import add_constant, insert
+from qgraph.graph.editing import add_constant, insert, typed
 from qgraph.graph.ops import MOVES
 from qgraph.graph.reading import array, attribute, constant, dims, is_op, nodes, producer
 
@@ -34,21 +34,20 @@ def shield_float(model: ir.Model) -> bool:
         dq, axis = _source(reader), _long_axis(reader)
         if dq is None or not is_op(dq, "DequantizeLinear") or axis is None:
             continue
-        found = [array(v) for v in dq.inputs[1:] if v is not None]
-        if any(p is None or p.size != 1 for p in found):
+        constants = [array(v) for v in dq.inputs[1:] if v is not None]
+        if any(p is None or p.size != 1 for p in constants):
             continue
         value, (index, size) = dq.outputs[0], axis
         parameters = [
             add_constant(model, f"{value.name}_channels", np.full(size, p.reshape(()), p.dtype))
-            for p in found
+            for p in constants
             if p is not None
         ]
         shielded = insert(
             model, reader, "DequantizeLinear", [dq.inputs[0], *parameters],
             base=f"{value.name}_float", attributes={"axis": index},
         )  # fmt: skip
-        shielded.outputs[0].type, shielded.outputs[0].shape = value.type, value.shape
-        reader.replace_input_with(0, shielded.outputs[0])
+        reader.replace_input_with(0, typed(shielded, value.dtype, value.shape))
         changed = True
     return changed
 

@@ -55,22 +55,22 @@ def _reduce(model: ir.Model, node: ir.Node, x: ir.Value, wanted: Wanted) -> dict
     graph, wide = Builder(model, node, f"{x.name}/"), x
     if x.dtype not in (ir.DataType.FLOAT, None):
         wide = graph.op("Cast", x, to=int(ir.DataType.FLOAT))
-    found = {
+    results = {
         "low": graph.op("ReduceMin", wide, keepdims=0),
         "high": graph.op("ReduceMax", wide, keepdims=0),
         "sum": graph.op("ReduceSum", wide, keepdims=0),  # onnxruntime's extremes ignore NaN
         "size": graph.op("Size", wide, dtype=ir.DataType.INT64),
     }
     if wanted.token_power:
-        found["power"] = _reduced(graph, "ReduceMean", graph.op("Mul", wide, wide), [-1])
+        results["power"] = _reduced(graph, "ReduceMean", graph.op("Mul", wide, wide), [-1])
     if (others := _other_axes(wanted.channel_mean_axis, x)) is not None:
-        found["mean"] = _reduced(graph, "ReduceMean", wide, others)
+        results["mean"] = _reduced(graph, "ReduceMean", wide, others)
     if (others := _other_axes(wanted.channel_range_axis, x)) is not None:
-        found["channel_low"] = _reduced(graph, "ReduceMin", wide, others)
-        found["channel_high"] = _reduced(graph, "ReduceMax", wide, others)
+        results["channel_low"] = _reduced(graph, "ReduceMin", wide, others)
+        results["channel_high"] = _reduced(graph, "ReduceMax", wide, others)
     if wanted.histogram:
-        found["raw"] = graph.op("Identity", wide)
-    return found
+        results["raw"] = graph.op("Identity", wide)
+    return results
 
 
 def _other_axes(axis: int | None, x: ir.Value) -> list[int] | None:
@@ -158,11 +158,11 @@ def _fold(
     arrays: list[np.ndarray],
 ) -> None:
     """Merge one run's outputs into the statistics."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+    by_value: dict[str, dict[str, np.ndarray]] = {}
     for name, result in zip(names, arrays, strict=True):
         value, _, statistic = name.rpartition("|")
-        found.setdefault(value, {})[statistic] = result
-    for value, parts in found.items():
+        by_value.setdefault(value, {})[statistic] = result
+    for value, parts in by_value.items():
         if "size" in parts and not parts["size"]:
             continue
         if "size" in parts:

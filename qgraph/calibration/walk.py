@@ -51,12 +51,12 @@ class Walk:
         if piece.outputs and self.carried:
             self._run(piece)
         stop = str(piece.stop.name)
-        found = [values[stop] for values in self.carried]
+        outputs = [values[stop] for values in self.carried]
         for values in self.carried:
             for value in piece.spent:
                 values.pop(str(value.name), None)
         self.at += 1
-        return found
+        return outputs
 
     def go_to(self, piece: int) -> None:
         """Run all pieces before this one.

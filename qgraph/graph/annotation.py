@@ -100,10 +100,10 @@ def annotated(model: ir.Model) -> Iterator[tuple[ir.Node, Mapping[int, QuantSpec
 def commit_to(site: Site, activation: QuantSpec | None, weight: QuantSpec) -> None:
     """Record the specs of one site: per use on the node, and on the output of a static convolution,
     whose integer kernel writes integers."""
-    wanted = {site.w_index: weight}
+    specs = {site.w_index: weight}
     if activation is not None:
-        wanted[site.x_index] = activation
-    set_use_specs(site.node, wanted)
+        specs[site.x_index] = activation
+    set_use_specs(site.node, specs)
     if activation is not None and not activation.dynamic and site.kind == "conv":
         set_spec(output_value(site.node), activation)
 
@@ -123,8 +123,8 @@ def static_specs(value: ir.Value) -> list[QuantSpec]:
     """The fixed-scale specs of a computed value: its own, then what its users want."""
     if constant(value) is not None:
         return []
-    wanted = [spec_of(value), *(use_spec(use.node, use.idx) for use in value.uses())]
-    return [spec for spec in wanted if spec is not None and not spec.dynamic]
+    specs = [spec_of(value), *(use_spec(use.node, use.idx) for use in value.uses())]
+    return [spec for spec in specs if spec is not None and not spec.dynamic]
 
 
 def static_spec(value: ir.Value) -> QuantSpec | None:

@@ -53,13 +53,13 @@ def narrow_points(model: ir.Model, sites: Sequence[Site]) -> list[ir.Value]:
     not. Where two values run through the whole graph, no place has only one, and the graph is cut
     where there are two.
     """
-    found: list[ir.Value] = []
+    points: list[ir.Value] = []
     for width in range(1, WIDEST + 1):
-        found = _rest(model, sites, _narrow(model, sites, width))
+        points = _rest(model, sites, _narrow(model, sites, width))
         nodes = {site.node for site in sites}
-        if max(len(nodes & piece.nodes) for piece in cut(model, found)) <= LARGEST:
+        if max(len(nodes & piece.nodes) for piece in cut(model, points)) <= LARGEST:
             break
-    return found
+    return points
 
 
 def _narrow(model: ir.Model, sites: Sequence[Site], width: int) -> list[ir.Value]:
@@ -69,7 +69,7 @@ def _narrow(model: ir.Model, sites: Sequence[Site], width: int) -> list[ir.Value
     chosen = {site.node for site in sites}
     reached = {site.x for site in sites}
     live = [value for value in model.graph.inputs if value in reached]
-    found: list[ir.Value] = []
+    points: list[ir.Value] = []
     fresh = False
     for index, node in enumerate(model.graph):
         fresh |= node in chosen
@@ -78,18 +78,18 @@ def _narrow(model: ir.Model, sites: Sequence[Site], width: int) -> list[ir.Value
             live += node.outputs
         live = [value for value in live if last.get(value, -1) > index]
         if fresh and live and live[-1] in node.outputs and len(live) <= width:
-            found.append(live[-1])
+            points.append(live[-1])
             fresh = False
-    return found
+    return points
 
 
 def _rest(model: ir.Model, sites: Sequence[Site], cuts: list[ir.Value]) -> list[ir.Value]:
     """The cuts, and the outputs of the model that sites behind them lead to."""
-    found, nodes = list(cuts), {site.node for site in sites}
+    points, nodes = list(cuts), {site.node for site in sites}
     for output in model.graph.outputs:
-        if output not in found and nodes & cut(model, [*found, output])[-1].nodes:
-            found.append(output)
-    return found
+        if output not in points and nodes & cut(model, [*points, output])[-1].nodes:
+            points.append(output)
+    return points
 
 
 Captured = Mapping[ir.Graph, set[ir.Value]]
@@ -148,15 +148,15 @@ def cut(model: ir.Model, stops: Sequence[ir.Value]) -> list[Piece]:
         reads.append(read)
         last |= dict.fromkeys(read, index)
 
-    def made(value: ir.Value) -> int:
+    def origin(value: ir.Value) -> int:
         node = value.producer()
         return -1 if node is None else owner[node]
 
     pieces = []
     for index, (stop, read) in enumerate(zip(stops, reads, strict=True)):
-        outputs = [v for v in last if made(v) == index and (last[v] > index or v is stop)]
-        spent = [v for v in last if last[v] == index and (made(v) < index or v is stop)]
-        inputs = [v for v in read if made(v) < index]
+        outputs = [v for v in last if origin(v) == index and (last[v] > index or v is stop)]
+        spent = [v for v in last if last[v] == index and (origin(v) < index or v is stop)]
+        inputs = [v for v in read if origin(v) < index]
         bounds = tuple(inputs), tuple(outputs), tuple(spent)
         pieces.append(Piece(stop, *bounds, frozenset(owned[index])))
     return pieces
@@ -164,19 +164,19 @@ def cut(model: ir.Model, stops: Sequence[ir.Value]) -> list[Piece]:
 
 def inputs_of(node: ir.Node, captured: Captured) -> list[ir.Value]:
     """What a node reads, the bodies of control flow in it included."""
-    found = [value for value in node.inputs if value is not None]
+    values = [value for value in node.inputs if value is not None]
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            found += captured.get(attribute.as_graph(), ())
+            values += captured.get(attribute.as_graph(), ())
         elif attribute.type == ir.AttributeType.GRAPHS:
-            found += [v for graph in attribute.as_graphs() for v in captured.get(graph, ())]
-    return found
+            values += [v for graph in attribute.as_graphs() for v in captured.get(graph, ())]
+    return values
 
 
 def _changing(graph: ir.Graph, captured: Captured) -> set[ir.Value]:
     """The values that depend on what is fed."""
-    found = {value for value in graph.inputs if not value.is_initializer()}
+    changing = {value for value in graph.inputs if not value.is_initializer()}
     for node in graph:
-        if any(value in found for value in inputs_of(node, captured)):
-            found.update(node.outputs)
-    return found
+        if any(value in changing for value in inputs_of(node, captured)):
+            changing.update(node.outputs)
+    return changing

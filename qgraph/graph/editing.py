@@ -103,10 +103,10 @@ def shared_constant(model: ir.Model, name: str, data: np.ndarray | np.generic) -
     """The initializer with exactly this dtype and content, made on first use."""
     array_, count = np.asarray(data), 0
     wished = name
-    while (found := model.graph.initializers.get(wished)) is not None:
-        tensor = found.const_value
+    while (known := model.graph.initializers.get(wished)) is not None:
+        tensor = known.const_value
         if tensor is not None and np.array_equal(tensor.numpy(), array_):
-            return found
+            return known
         count += 1
         wished = f"{name}_{count}"
     return add_constant(model, wished, array_)

@@ -56,16 +56,16 @@ def settle(sites: Sequence[Site], costs: Mapping[ir.Node, Cost], glue: Glue) -> 
         costs: of each site's node.
         glue: whether an operator passes integers through.
     """
-    kept = {site.node for site in sites}
-    best, least = set[ir.Node](), sum(costs[node].size for node in kept)
+    quantized = {site.node for site in sites}
+    best, least = set[ir.Node](), sum(costs[node].size for node in quantized)
     float_time = 0.0
-    while kept:
-        sides = {s.node: _sides(s, kept, glue) for s in sites if s.node in kept}
+    while quantized:
+        sides = {s.node: _sides(s, quantized, glue) for s in sites if s.node in quantized}
         time = float_time + sum(costs[n].size * _integer_time(costs[n], sides[n]) for n in sides)
         if time < least:
-            best, least = set(kept), time
+            best, least = set(quantized), time
         worst = min(sides, key=lambda n: gain(costs[n], sides[n]) * costs[n].size)
-        kept.remove(worst)
+        quantized.remove(worst)
         float_time += costs[worst].size
     return best
 
@@ -77,30 +77,30 @@ def size(site: Site) -> float:
     return float(k * n * pixels)
 
 
-def _sides(site: Site, kept: set[ir.Node], glue: Glue) -> float:
-    before = _from_integers(site.x, kept, glue)
+def _sides(site: Site, quantized: set[ir.Node], glue: Glue) -> float:
+    before = _from_integers(site.x, quantized, glue)
     users = [use.node for use in output_value(site.node).uses()]
-    after = [_takes_integers(user, kept, glue) for user in users]
+    after = [_takes_integers(user, quantized, glue) for user in users]
     return float(before) + (sum(after) / len(after) if after else 0.0)
 
 
-def _from_integers(value: ir.Value, kept: set[ir.Node], glue: Glue, depth: int = 8) -> bool:
+def _from_integers(value: ir.Value, quantized: set[ir.Node], glue: Glue, depth: int = 8) -> bool:
     node = value.producer()
     if node is None or not depth:
         return False
-    if node in kept:
+    if node in quantized:
         return True
     if not (is_op(node, *CLAMPS) or glue(node)):
         return False
     data = [v for v in node.inputs if v is not None and not v.is_initializer()]
-    return bool(data) and all(_from_integers(v, kept, glue, depth - 1) for v in data)
+    return bool(data) and all(_from_integers(v, quantized, glue, depth - 1) for v in data)
 
 
-def _takes_integers(node: ir.Node, kept: set[ir.Node], glue: Glue) -> bool:
-    if node in kept or is_op(node, "MatMul", "Gemm"):
+def _takes_integers(node: ir.Node, quantized: set[ir.Node], glue: Glue) -> bool:
+    if node in quantized or is_op(node, "MatMul", "Gemm"):
         return True
     return glue(node) and all(
-        _from_integers(v, kept, glue)
+        _from_integers(v, quantized, glue)
         for v in node.inputs
         if v is not None and not v.is_initializer()
     )

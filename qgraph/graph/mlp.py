@@ -53,7 +53,7 @@ def _feeding(product: ir.Node) -> set[ir.Node]:
     """The products whose results become the data of `product`; none if it ends no MLP."""
     site = site_of(product)
     assert site is not None
-    found: set[ir.Node] = set()
+    feeding: set[ir.Node] = set()
     seen: set[ir.Node] = set()
     activated, stack = False, [site.x]
     while stack:
@@ -65,13 +65,13 @@ def _feeding(product: ir.Node) -> set[ir.Node]:
             return set()
         seen.add(node)
         if _is_product(node):
-            found.add(node)
+            feeding.add(node)
         elif _passes_on(node):
             activated |= _activates(node)
             stack += [v for v in _data(node) if v is not None]
         else:
             return set()
-    return found if activated else set()
+    return feeding if activated else set()
 
 
 def _data(node: ir.Node) -> Iterator[ir.Value | None]:
@@ -81,7 +81,7 @@ def _data(node: ir.Node) -> Iterator[ir.Value | None]:
 
 def _reached(product: ir.Node) -> set[ir.Node]:
     """The products that read the result of `product` through elementwise operators."""
-    found: set[ir.Node] = set()
+    reached: set[ir.Node] = set()
     seen: set[ir.Node] = set()
     stack = [product]
     while stack:
@@ -91,7 +91,7 @@ def _reached(product: ir.Node) -> set[ir.Node]:
                     continue
                 seen.add(user)
                 if _is_product(user):
-                    found.add(user)
+                    reached.add(user)
                 elif _passes_on(user):
                     stack.append(user)
-    return found
+    return reached

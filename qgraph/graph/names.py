@@ -55,8 +55,8 @@ def unique_names(model: ir.Model) -> bool:
     changed = False
     for graph in graphs(model):
         initializers = graph.initializers.values() if isinstance(graph, ir.Graph) else ()
-        made = [output for node in graph for output in node.outputs if output.name != ""]
-        for value in dict.fromkeys([*graph.inputs, *initializers, *made]):
+        outputs = [output for node in graph for output in node.outputs if output.name != ""]
+        for value in dict.fromkeys([*graph.inputs, *initializers, *outputs]):
             if value in signature:
                 continue
             producer = value.producer()

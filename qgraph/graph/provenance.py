@@ -14,12 +14,12 @@ Path = tuple[str, ...]
 
 def modules(model: ir.Model) -> dict[Path, list[ir.Node]]:
     """The nodes of each module, in graph order."""
-    found: dict[Path, list[ir.Node]] = {}
+    members: dict[Path, list[ir.Node]] = {}
     for node in nodes(model):
         module = layer(node) or node_name(node).rpartition("/")[0]
         if module:
-            found.setdefault(module_path(module), []).append(node)
-    return found
+            members.setdefault(module_path(module), []).append(node)
+    return members
 
 
 def module_path(module: str) -> Path:

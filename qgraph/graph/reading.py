@@ -150,8 +150,8 @@ def dims(value: ir.Value | None) -> list[int | None]:
 
 def attribute(node: ir.Node, name: str, default: int | float) -> int | float:
     """A number attribute, or `default` where it is absent."""
-    found = node.attributes.get(name)
-    return default if found is None else found.value
+    entry = node.attributes.get(name)
+    return default if entry is None else entry.value
 
 
 INLINE_BYTES = 1024

@@ -24,20 +24,20 @@ def infer_types(model: ir.Model) -> None:
         return
     twins = ir.from_proto(proto).graphs()
     for graph, twin in zip(model.graphs(), twins, strict=True):
-        found = {str(value.name): value for node in twin for value in node.outputs if value.name}
+        inferred = {str(value.name): value for node in twin for value in node.outputs if value.name}
         for value in (value for node in graph for value in node.outputs):
-            same = found.get(str(value.name))
+            same = inferred.get(str(value.name))
             if same is not None and same.type is not None:
                 value.type, value.shape = same.type, same.shape
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
     """The model without its large weights, whose types and shapes stay."""
-    kept: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    large: list[tuple[ir.Value, ir.TensorProtocol]] = []
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > 1024:
-            kept.append((value, tensor))
+            large.append((value, tensor))
             shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(
                 "elsewhere", 0, tensor.nbytes, tensor.dtype, name=name, shape=shape
@@ -45,5 +45,5 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
     try:
         return ir.to_proto(model)
     finally:
-        for value, tensor in kept:
+        for value, tensor in large:
             value.const_value = tensor

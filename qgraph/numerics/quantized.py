@@ -18,26 +18,26 @@ Arrays = Mapping[str, np.ndarray]
 
 def to_arrays(weights: Sequence[Quantized | None]) -> dict[str, np.ndarray]:
     """Weights, none of them from a table, as they are kept. See :func:`from_arrays`."""
-    kept = {"count": np.array(len(weights))}
+    arrays = {"count": np.array(len(weights))}
     for i, w in enumerate(weights):
         if w is not None:
             layout = np.array([-1 if w.axis is None else w.axis, w.repaired, w.block])
             parts = {"q": w.q, "scale": w.scale, "zero": w.zero, "layout": layout}
-            kept |= {f"{i}.{part}": data for part, data in parts.items()}
-    return kept
+            arrays |= {f"{i}.{part}": data for part, data in parts.items()}
+    return arrays
 
 
-def from_arrays(kept: Arrays) -> list[Quantized | None]:
+def from_arrays(arrays: Arrays) -> list[Quantized | None]:
     """The weights of :func:`to_arrays`."""
-    found: list[Quantized | None] = []
-    for i in range(int(kept["count"])):
-        if f"{i}.q" not in kept:
-            found.append(None)
+    weights: list[Quantized | None] = []
+    for i in range(int(arrays["count"])):
+        if f"{i}.q" not in arrays:
+            weights.append(None)
             continue
-        q, scale, zero = (kept[f"{i}.{part}"] for part in ("q", "scale", "zero"))
-        axis, repaired, block = kept[f"{i}.layout"].tolist()
-        found.append(Quantized(q, scale, zero, None if axis < 0 else axis, repaired, block))
-    return found
+        q, scale, zero = (arrays[f"{i}.{part}"] for part in ("q", "scale", "zero"))
+        axis, repaired, block = arrays[f"{i}.layout"].tolist()
+        weights.append(Quantized(q, scale, zero, None if axis < 0 else axis, repaired, block))
+    return weights
 
 
 @dataclass(frozen=True, eq=False)

@@ -175,13 +175,13 @@ class QuantSpec:
         Raises:
             QGraphError: `text` is not what `str(spec)` gives.
         """
-        found = _SYNTAX.fullmatch(text)
-        dtype = found and ir.DataType.__members__.get(found["dtype"].upper())
-        if not found or not dtype or found["observer"] not in get_args(RangeMethod):
+        match = _SYNTAX.fullmatch(text)
+        dtype = match and ir.DataType.__members__.get(match["dtype"].upper())
+        if not match or not dtype or match["observer"] not in get_args(RangeMethod):
             raise QGraphError(
                 f"'{text}' is not a quantization: write it like 'int8 per-axis(0) sym minmax'"
             )
-        axis, size = (int(found[name] or 0) for name in ("axis", "size"))
+        axis, size = (int(match[name] or 0) for name in ("axis", "size"))
         granularities: dict[str, Granularity] = {
             "tensor": PerTensor(),
             "axis": PerAxis(axis),
@@ -190,13 +190,13 @@ class QuantSpec:
         }
         return QuantSpec(
             dtype,
-            granularities[found["kind"]],
-            found["symmetry"] == "sym",
-            found["observer"],  # type: ignore[arg-type]
-            int(found["bits"] or 0),
-            found["group"],
-            found["codebook"],  # type: ignore[arg-type]
-            bool(found["double"]),
+            granularities[match["kind"]],
+            match["symmetry"] == "sym",
+            match["observer"],  # type: ignore[arg-type]
+            int(match["bits"] or 0),
+            match["group"],
+            match["codebook"],  # type: ignore[arg-type]
+            bool(match["double"]),
         )
 
     def __str__(self) -> str:

@@ -45,14 +45,14 @@ def parse(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
     position = 0
     text = text.strip()
     while position < len(text):
-        found = _STEP.match(text, position)
-        if found is None:
+        step = _STEP.match(text, position)
+        if step is None:
             rest = text[position:]
             raise PipelineError(
                 f"cannot read the pipeline at '{rest}': write it like 'first,second{{key=value}}'"
             )
-        position = found.end()
-        steps.append(_build(found["name"], found["parameters"] or "", known))
+        position = step.end()
+        steps.append(_build(step["name"], step["parameters"] or "", known))
     return steps
 
 
@@ -105,14 +105,14 @@ def _build(name: str, parameters: str, passes: Mapping[str, type[Pass]]) -> Pass
     values: dict[str, object] = {}
     position = 0
     while position < len(parameters.rstrip()):
-        found = _PARAMETER.match(parameters, position)
-        if found is None:
+        parameter = _PARAMETER.match(parameters, position)
+        if parameter is None:
             rest = parameters[position:].strip()
             raise PipelineError(
                 f"pass '{name}': cannot read '{rest}': write parameters as key=value"
             )
-        position = found.end()
-        key, value = found["key"], found["value"]
+        position = parameter.end()
+        key, value = parameter["key"], parameter["value"]
         if key not in accepted:
             raise PipelineError(
                 f"pass '{name}' has no parameter '{key}': {_parameters(key, accepted)}"
@@ -160,12 +160,12 @@ def _known(name: str, passes: Mapping[str, type[Pass]]) -> type[Pass]:
 
 
 def _import(name: str) -> type[Pass]:
-    found = imported(name, "class")
-    if not (isinstance(found, type) and issubclass(found, Pass)):
+    kind = imported(name, "class")
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
         raise PipelineError(f"'{name}' is not a subclass of qgraph.Pass")
-    if absent := [a for a in ("name", "contract") if not hasattr(found, a)]:
+    if absent := [a for a in ("name", "contract") if not hasattr(kind, a)]:
         raise PipelineError(f"pass '{name}' has no {absent[0]}: give its class one, see Pass")
-    return found
+    return kind
 
 
 def imported(name: str, kind: str) -> Any:

@@ -16,9 +16,11 @@ from qgraph.graph.reading import (
     array,
     attribute,
     dims,
+    input_of,
     is_op,
     node_name,
     nodes,
+    producer,
 )
 from qgraph.io.random_feed import first_feed
 from qgraph.io.session import run
@@ -82,9 +84,9 @@ def _blocks_fit(
     for i, (size, count) in enumerate(zip(shape, scale, strict=True)):
         if size is None or count is None:
             continue
-        wanted = -(-size // block) if i == axis else size
-        if count != wanted:
-            return f"{count} scales on axis {i}, blocks of {block} along axis {axis} need {wanted}"
+        needed = -(-size // block) if i == axis else size
+        if count != needed:
+            return f"{count} scales on axis {i}, blocks of {block} along axis {axis} need {needed}"
     return None
 
 
@@ -118,16 +120,16 @@ def _bias_scale_is_product(model: ir.Model, node: ir.Node) -> str | None:
     if not is_op(node, "Conv", "Gemm") or len(node.inputs) < 3:
         return None
     scales = []
-    for value in node.inputs[:3]:
-        producer = value.producer() if value is not None else None
-        if producer is None or not _is_qdq(producer, "DequantizeLinear"):
+    for dq in (producer(node, index) for index in range(3)):
+        if dq is None or not _is_qdq(dq, "DequantizeLinear"):
             return None
-        scale = array(producer.inputs[1])
+        scale = array(dq.inputs[1])
         if scale is None or scale.ndim > 1:
             return None
         scales.append(scale.astype(np.float64).reshape(-1))
     x, w, bias = scales
-    if x.size != 1 or node.inputs[2].producer().inputs[0].dtype != ir.DataType.INT32:  # type: ignore[union-attr]
+    of_bias = producer(node, 2)
+    if x.size != 1 or of_bias is None or input_of(of_bias, 0).dtype != ir.DataType.INT32:
         return None
     product = x * w
     if is_op(node, "Gemm"):
@@ -174,7 +176,9 @@ def check_structure(model: ir.Model) -> list[str]:
         problems += _undefined(root, [])
         problems += _duplicates(root, set())
     for node in nodes(model):
-        problems += [f"{_title(node)}: {found}" for rule in RULES if (found := rule(model, node))]
+        problems += [
+            f"{_title(node)}: {problem}" for rule in RULES if (problem := rule(model, node))
+        ]
     return problems
 
 
@@ -183,11 +187,11 @@ def _title(node: ir.Node) -> str:
 
 
 def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for found in node.attributes.values():
-        if found.type == ir.AttributeType.GRAPH and not found.is_ref():
-            yield found.as_graph()
-        elif found.type == ir.AttributeType.GRAPHS and not found.is_ref():
-            yield from found.as_graphs()
+    for entry in node.attributes.values():
+        if entry.type == ir.AttributeType.GRAPH and not entry.is_ref():
+            yield entry.as_graph()
+        elif entry.type == ir.AttributeType.GRAPHS and not entry.is_ref():
+            yield from entry.as_graphs()
 
 
 def _undefined(graph: ir.Graph | ir.Function, outer: list[set[ir.Value]]) -> Iterator[str]:
@@ -209,12 +213,12 @@ def _undefined(graph: ir.Graph | ir.Function, outer: list[set[ir.Value]]) -> Ite
 
 
 def _why_undefined(value: ir.Value) -> str:
-    producer = value.producer()
-    if producer is None:
+    node = value.producer()
+    if node is None:
         return "comes from nowhere"
-    if producer.graph is None:
-        return f"comes from {_title(producer)}, which was removed"
-    return f"comes from {_title(producer)}, which runs later or out of sight"
+    if node.graph is None:
+        return f"comes from {_title(node)}, which was removed"
+    return f"comes from {_title(node)}, which runs later or out of sight"
 
 
 def _duplicates(graph: ir.Graph | ir.Function, outer: set[str]) -> Iterator[str]:

@@ -348,5 +348,5 @@ def _exchange(kernel: CodebookKernel) -> tuple[Pass, ...]:
 
 def _brought(site: Site, codebook: bool = False) -> bool:
     """Whether the site's weight came as integers, or as codes."""
-    found = integers_of(site.weight)
-    return found is not None and (not codebook or found[0].codebook is not None)
+    brought = integers_of(site.weight)
+    return brought is not None and (not codebook or brought[0].codebook is not None)

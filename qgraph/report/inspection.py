@@ -44,11 +44,11 @@ def _type(value: ir.Value) -> str:
 
 
 def _interface(model: ir.Model) -> Table:
-    made = table("", "name", "type")
+    listing = table("", "name", "type")
     for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
         for value in values:
-            row(made, kind, value.name, _type(value))
-    return made
+            row(listing, kind, value.name, _type(value))
+    return listing
 
 
 def _weights(model: ir.Model) -> Table:
@@ -62,24 +62,24 @@ def _weights(model: ir.Model) -> Table:
             if (tensor := constant(value)) is not None:
                 count[tensor.dtype.name.lower()] += 1
                 size[tensor.dtype.name.lower()] += tensor.nbytes
-    made = table("constants", "count", "size", right=("count", "size"))
+    listing = table("constants", "count", "size", right=("count", "size"))
     for dtype, total in size.most_common():
-        row(made, dtype, count[dtype], human_size(total))
-    return made
+        row(listing, dtype, count[dtype], human_size(total))
+    return listing
 
 
 def _operators(model: ir.Model) -> Table:
-    made = table("operator", "count", "", right=("count",))
+    listing = table("operator", "count", "", right=("count",))
     count = Counter((node.domain, node.op_type) for node in nodes(model))
     for (domain, op), number in sorted(count.items(), key=lambda item: (-item[1], item[0])):
         quantized = any(part in op for part in _QUANTIZED)
-        row(made, f"{domain}::{op}" if domain else op, number, "quantized" if quantized else "")
-    return made
+        row(listing, f"{domain}::{op}" if domain else op, number, "quantized" if quantized else "")
+    return listing
 
 
 def _sites(model: ir.Model) -> RenderableType:
     """Operators with a float weight, or of two computed operands, in graph order."""
-    made = table("site", "operator", "weight", "size", right=("size",))
+    listing = table("site", "operator", "weight", "size", right=("size",))
     total: defaultdict[str, int] = defaultdict(int)
     for site in sites(model):
         tensor = constant(site.weight)
@@ -88,8 +88,8 @@ def _sites(model: ir.Model) -> RenderableType:
         weight = (
             "computed" if tensor is None else f"{tensor.dtype.name.lower()}{list(tensor.shape)}"
         )
-        row(made, site.name, site.node.op_type, weight, size)
+        row(listing, site.name, site.node.op_type, weight, size)
     if not total:
         return Text("no float operator that could be quantized")
     counted = ", ".join(f"{number} {op}" for op, number in total.items())
-    return Group(Text(f"sites: {counted}"), made)
+    return Group(Text(f"sites: {counted}"), listing)

@@ -9,12 +9,12 @@ from rich.text import Text
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     """An empty table in the style of all commands."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    listing = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return made
+        listing.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return listing
 
 
-def row(made: Table, *cells: object, style: str = "") -> None:
+def row(listing: Table, *cells: object, style: str = "") -> None:
     """Add a row; names with brackets are no markup."""
-    made.add_row(*(Text(str(cell)) for cell in cells), style=style)
+    listing.add_row(*(Text(str(cell)) for cell in cells), style=style)

@@ -135,7 +135,7 @@ class Subproblem:
         values = off + self.w
         slope = self.own @ values
         curvature = (values * slope).sum(axis=0)
-        wanted = (slope * self.w).sum(axis=0) - (values * self.pull).sum(axis=0)
-        factor = np.divide(wanted, curvature, where=curvature > 0, out=np.ones_like(wanted))
+        goal = (slope * self.w).sum(axis=0) - (values * self.pull).sum(axis=0)
+        factor = np.divide(goal, curvature, where=curvature > 0, out=np.ones_like(goal))
         other = np.where(factor > 0.5, scale * factor, scale).astype(np.float32)
         return np.stack([scale, other]), np.stack([zero, zero])

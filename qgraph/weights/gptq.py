@@ -110,7 +110,7 @@ def round_weight(
     low = group_qmin(spec) if nearest.block else spec.qmin
     q, scale, zero = nearest.q.copy(), nearest.scale.copy(), nearest.zero.copy()
     noise = plain = signal = 0.0
-    kept = 0
+    unmoved = 0
 
     def turned(values: NDArray[Any]) -> NDArray[Any]:
         """(N, K) as (K, N), or back."""
@@ -128,22 +128,22 @@ def round_weight(
             fresh = replace(given, scale=turned(own[0]), zero=turned(own[1]))
         shape = given.q.shape
         steps, zeros = (turned(np.broadcast_to(a, shape)) for a in (fresh.steps(), fresh.zeros()))
-        found, order = np.empty_like(goal), problem.order
-        found[order] = gptq(goal[order], steps[order], zeros[order], problem.root, low, spec.qmax)
-        new = output_power((found - zeros) * steps - goal, problem.gram)
+        rounded, order = np.empty_like(goal), problem.order
+        rounded[order] = gptq(goal[order], steps[order], zeros[order], problem.root, low, spec.qmax)
+        new = output_power((rounded - zeros) * steps - goal, problem.gram)
         better = new < old
         choose = better if axis else better[:, np.newaxis]
-        q[index] = np.where(choose, turned(found).astype(q.dtype), given.q)
+        q[index] = np.where(choose, turned(rounded).astype(q.dtype), given.q)
         if nearest.block:
             scale[index] = np.where(choose, fresh.scale, given.scale)
             zero[index] = np.where(choose, fresh.zero, given.zero)
         noise += float(np.where(better, new, old).sum())
         plain += float(old.sum())
         signal += float(output_power(goal, problem.gram).sum())
-        kept += int((~better).sum())
+        unmoved += int((~better).sum())
     signal = signal or 1.0
     result = replace(nearest, q=q, scale=scale, zero=zero)
-    return Rounded(result, noise / signal, plain / signal, kept, problem.damping)
+    return Rounded(result, noise / signal, plain / signal, unmoved, problem.damping)
 
 
 def _columns(weight: Quantized, part: slice, axis: int) -> Quantized:

@@ -89,8 +89,8 @@ def absorption(x: ir.Value, readers: Collection[ir.Node]) -> Absorption | None:
     return Absorption(route.edits, _components(count, route.ties), route.values, where)
 
 
-def divide(model: ir.Model, found: Absorption, factors: NDArray[np.float32]) -> None:
-    """Divide what `found` names, so that its x becomes x / `factors`. Exact for powers of two.
+def divide(model: ir.Model, route: Absorption, factors: NDArray[np.float32]) -> None:
+    """Divide what `route` names, so that its x becomes x / `factors`. Exact for powers of two.
 
     Each constant is replaced where the node reads it, and stays as it is for all others. Nothing
     is computed before the new constant is read, and nothing is held after that. What calibration
@@ -99,9 +99,9 @@ def divide(model: ir.Model, found: Absorption, factors: NDArray[np.float32]) -> 
     Args:
         factors: float32 (K,), finite and > 0, the same for channels that are tied.
     """
-    for divided in found.values:
+    for divided in route.values:
         forget_stats(divided)
-    for edit in found.edits:
+    for edit in route.edits:
         value = input_of(edit.node, edit.index)
         tensor = constant_tensor(value)
         divisor = np.where(edit.channels < 0, 1, factors[edit.channels]).astype(np.float32)

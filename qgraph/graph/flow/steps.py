@@ -57,9 +57,9 @@ def _carries(value: ir.Value | None, channels: Channels) -> bool:
 
 def _all(parts: Iterable[Part | None]) -> Parts:
     """The one way that takes all of `parts`, if there are all."""
-    found = tuple(parts)
-    known = tuple(part for part in found if part is not None)
-    if known and len(known) == len(found):
+    results = tuple(parts)
+    known = tuple(part for part in results if part is not None)
+    if known and len(known) == len(results):
         yield known
 
 
@@ -137,9 +137,9 @@ def _gemm(node: ir.Node, value: ir.Value, channels: Channels) -> Parts:
 
 
 def _reshape(node: ir.Node, value: ir.Value, channels: Channels) -> Parts:
-    found = reshaped(channels, _sizes(value), _sizes(node.inputs[0]))
-    if found is not None:
-        yield (Part(0, found),)
+    moved = reshaped(channels, _sizes(value), _sizes(node.inputs[0]))
+    if moved is not None:
+        yield (Part(0, moved),)
 
 
 def _transpose(node: ir.Node, value: ir.Value, channels: Channels) -> Parts:

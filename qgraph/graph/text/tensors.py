@@ -20,14 +20,14 @@ def digest(tensor: ir.TensorProtocol, size: int) -> str:
 
     What lies in a file is read in chunks, and not mapped into memory.
     """
-    found = hashlib.blake2b(f"{tensor.dtype.name}{tensor.shape.numpy()}".encode(), digest_size=size)
+    state = hashlib.blake2b(f"{tensor.dtype.name}{tensor.shape.numpy()}".encode(), digest_size=size)
     if tensor.dtype == ir.DataType.STRING:
-        found.update(repr(strings_of(tensor)).encode())
+        state.update(repr(strings_of(tensor)).encode())
     elif isinstance(tensor, ir.ExternalTensor):
-        tensor.tofile(SimpleNamespace(write=found.update))
+        tensor.tofile(SimpleNamespace(write=state.update))
     else:
-        found.update(tensor.tobytes())
-    return found.hexdigest()
+        state.update(tensor.tobytes())
+    return state.hexdigest()
 
 
 def strings_of(tensor: ir.TensorProtocol) -> list[bytes]:

@@ -157,15 +157,17 @@ def _split(name: str) -> tuple[str, str]:
 def _settings(folder: Path) -> tuple[dict[str, Any], str]:
     """What the configuration says of quantization, and the model's type."""
     config = _json(folder / "config.json")
-    found = config.get("quantization_config")
-    found = found or _json(folder / "quantize_config.json") or _json(folder / "quant_config.json")
-    if not isinstance(found, dict) or not found:
+    settings = config.get("quantization_config")
+    settings = (
+        settings or _json(folder / "quantize_config.json") or _json(folder / "quant_config.json")
+    )
+    if not isinstance(settings, dict) or not settings:
         raise ModelError(
             f"{folder} is not a quantized checkpoint: its config.json has no quantization_config"
         )
     # AutoAWQ's own file says w_bit, and not whose it is.
-    usual = "awq" if "w_bit" in found else "gptq"
-    return {"quant_method": usual, **found}, str(config.get("model_type", ""))
+    usual = "awq" if "w_bit" in settings else "gptq"
+    return {"quant_method": usual, **settings}, str(config.get("model_type", ""))
 
 
 def _json(file: Path) -> dict[str, Any]:
