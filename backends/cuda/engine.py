@@ -31,8 +31,3 @@ class Engine(Protocol):
 
 ENGINES: dict[int, Engine] = {}
 """By the number of the device; -1, that of tensors of the CPU, is for tests."""
-
-
-def engine_of(device: int) -> Engine:
-    """The engine of a device."""
-    return ENGINES[device]

@@ -9,7 +9,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from qgraph.backends.cuda.choice import PRODUCTS, choose
-from qgraph.backends.cuda.engine import engine_of
+from qgraph.backends.cuda.driver import engine_of
 from qgraph.backends.cuda.packing import aligned
 from qgraph.errors import QGraphError
 

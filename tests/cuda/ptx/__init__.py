@@ -1,0 +1,1 @@
+"""An interpreter for the PTX that compilers emit."""
