@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.names import forget_names
-from qgraph.graph.reading import constant, graphs, nodes
+from qgraph.graph.reading import constant, graphs, initializers, nodes, view
 from qgraph.graph.sites import Site, output_value, site_of
 from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.spec import QuantSpec
@@ -291,10 +291,13 @@ def forget(model: ir.Model) -> None:
 
 
 def copied(model: ir.Model) -> ir.Model:
-    """A copy with stages and annotations of its own, which shares the weights with `model`."""
+    """A copy with stages and annotations of its own, which shares the data of its weights."""
     copy = model.clone()
+    for value in initializers(copy):
+        if value.const_value is not None:
+            value.const_value = view(value.const_value)
     copy.meta.update(model.meta)
-    copy.meta[STAGES_KEY] = set(stages_of(model))
+    copy.meta[STAGES_KEY] = set(model.meta.get(STAGES_KEY, ()))
     forget_names(copy)
     for node, specs in annotated(copy):
         set_use_specs(node, specs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TypeGuard
 
@@ -121,6 +122,23 @@ def unmap(tensor: ir.TensorProtocol | None) -> None:
             tensor.release()
         except BufferError:  # an array still looks at the pages: they go when it goes
             tensor.raw = None
+
+
+def view(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The same data in an object of its own, to be renamed or unmapped without the other."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return copy.copy(tensor)
+    return ir.ExternalTensor(
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props) or None,
+        base_dir=tensor.base_dir,
+    )
 
 
 def scope(node: ir.Node) -> ir.Graph:

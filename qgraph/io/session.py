@@ -80,31 +80,19 @@ def open_session(
 def _lending(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The model without its large initializers, and these by name."""
     lent: dict[str, np.ndarray] = {}
-    swapped: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    try:
-        for value in initializers(model):
-            tensor = value.const_value
-            if tensor is None or not _lendable(value, tensor, model.graph):
-                if isinstance(tensor, ir.ExternalTensor):
-                    swapped.append((value, tensor))
-                    value.const_value = in_memory(tensor)
-                continue
+    copy = model.clone()  # the model given is never changed, as other threads may be at it
+    for value in initializers(copy):
+        tensor = value.const_value
+        if tensor is not None and _lendable(value, tensor, copy.graph):
             name = str(value.name)
             lent[name] = np.ascontiguousarray(tensor.numpy())
-            swapped.append((value, tensor))
+            shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(
-                "lent",
-                0,
-                tensor.nbytes,
-                tensor.dtype,
-                name=name,
-                shape=ir.Shape(tensor.shape.numpy()),
+                "lent", 0, tensor.nbytes, tensor.dtype, name=name, shape=shape
             )
-        proto = ir.to_proto(model)
-    finally:
-        for value, tensor in swapped:
-            value.const_value = tensor
-    return proto, lent
+        elif isinstance(tensor, ir.ExternalTensor):
+            value.const_value = in_memory(tensor)
+    return ir.to_proto(copy), lent
 
 
 def _forget(array: np.ndarray) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -169,6 +170,48 @@ def test_the_model_given_is_left_as_it_is(recipe: str, make: Callable[[], ir.Mod
     for node in model.graph.all_nodes():
         assert not node.meta
         assert not any(v.meta for v in (*node.inputs, *node.outputs) if v is not None)
+
+
+def _looks(model: ir.Model) -> list[object]:
+    """The tensors of a model and what can be seen of them, without reading them."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    mapped = [getattr(tensor, "raw", None) for tensor in tensors]
+    return [*tensors, *(tensor.name for tensor in tensors if tensor is not None), *mapped]
+
+
+def test_the_model_given_is_left_alone_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ir.save(mlp((64, 64, 8)), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    model = qgraph.load(tmp_path / "m.onnx")
+    before, keys = _looks(model), set(model.meta)
+    serialize, moments = ir.to_proto, 0
+
+    def watched(*args: Any) -> Any:
+        nonlocal moments
+        moments += 1
+        assert _looks(model) == before
+        return serialize(*args)
+
+    monkeypatch.setattr(ir, "to_proto", watched)
+    compiled = qgraph.compile(model, "static", feeds(model), ONNX, bias_correction=True)
+    compiled.save(tmp_path / "out.onnx")
+    assert moments > 2
+    assert _looks(model) == before
+    assert set(model.meta) == keys
+
+
+def test_several_threads_compile_one_model(tmp_path: Path) -> None:
+    ir.save(mlp((64, 64, 8)), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    model = qgraph.load(tmp_path / "m.onnx")
+
+    def made(number: int) -> str:
+        compiled = qgraph.compile(model, "static", feeds(model), ONNX, bias_correction=True)
+        compiled.save(tmp_path / f"{number}.onnx")
+        return to_text(qgraph.load(tmp_path / f"{number}.onnx"))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(made, range(8)))) == 1
 
 
 def test_seeds_only_matter_where_something_is_random() -> None:
