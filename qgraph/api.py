@@ -23,6 +23,7 @@ from qgraph.pipeline.pass_manager import PassManager
 from qgraph.pipeline.progress import Progress, silent
 from qgraph.pipeline.remarks import Remarks
 from qgraph.pipeline.target import Purpose, Target
+from qgraph.pipeline.verify import undefined
 from qgraph.recipes import get_recipe
 from qgraph.recipes.recipe import Recipe
 from qgraph.report.bench import cpu_ratio
@@ -230,6 +231,8 @@ def _compare_speed(source: ir.Model, result: ir.Model, context: Context) -> None
 
 def _source(model: Any, example_inputs: Any, dynamic_shapes: Any) -> ir.Model:
     if isinstance(model, ir.Model):
+        if (problem := next(undefined(model), None)) is not None:
+            raise ModelError(f"this model is not sound: {problem}")
         return model
     if isinstance(model, str | Path):
         return load(model)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from qgraph.errors import ModelError
@@ -18,6 +19,7 @@ from qgraph.io.external_data import in_memory, settle
 from qgraph.io.files import check_writable, same
 from qgraph.io.publication import publish, stage
 from qgraph.io.session import OpenSession, open_session
+from qgraph.io.soundness import is_sorted, problems
 
 SOURCE = "qgraph.source"
 """Where a loaded model remembers its file, a Path, in `model.meta`."""
@@ -94,7 +96,12 @@ def _read(file: Path) -> ir.Model:
     try:
         if file.stat().st_size == 0:
             raise ModelError(f"{file} is empty: export or download it again")
-        model = ir.load(file)
+        proto = onnx.load(file, load_external_data=False)
+        _check(proto, file)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, file.parent)
+        if not is_sorted(proto.graph):
+            _sort(model, file)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
     except ModelError:
@@ -102,12 +109,26 @@ def _read(file: Path) -> ir.Model:
     except Exception as error:  # the parsers raise whatever the damage leads to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{file} is not an ONNX model, or is truncated: {reason}") from error
-    if not model.graph.outputs or not model.opset_imports:
-        missing = "outputs" if not model.graph.outputs else "opset"
+    return model
+
+
+def _check(proto: onnx.ModelProto, file: Path) -> None:
+    if not proto.graph.output or not proto.opset_import:
+        missing = "outputs" if not proto.graph.output else "opset"
         raise ModelError(
             f"{file} is not a complete ONNX model, it has no {missing}: export it again"
         )
-    return model
+    if (problem := next(problems(proto), None)) is not None:
+        raise ModelError(f"{file} is not a sound ONNX model: {problem}: export it again")
+
+
+def _sort(model: ir.Model, file: Path) -> None:
+    try:
+        model.graph.sort()
+    except ValueError as error:
+        raise ModelError(
+            f"{file} is not a sound ONNX model: nodes wait for each other: export it again"
+        ) from error
 
 
 def save(

@@ -170,16 +170,24 @@ RULES: tuple[Rule, ...] = (
 
 def check_structure(model: ir.Model) -> list[str]:
     """What the rules find wrong, one line each; empty for a sound model."""
-    problems: list[str] = []
-    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for root in roots:
-        problems += _undefined(root, [])
+    problems = list(undefined(model))
+    for root in _roots(model):
         problems += _duplicates(root, set())
     for node in nodes(model):
         problems += [
             f"{_title(node)}: {problem}" for rule in RULES if (problem := rule(model, node))
         ]
     return problems
+
+
+def undefined(model: ir.Model) -> Iterator[str]:
+    """Values that are used where nothing in sight has computed them yet, one line each."""
+    for root in _roots(model):
+        yield from _undefined(root, [])
+
+
+def _roots(model: ir.Model) -> list[ir.Graph | ir.Function]:
+    return [model.graph, *model.functions.values()]
 
 
 def _title(node: ir.Node) -> str:
@@ -195,7 +203,6 @@ def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def _undefined(graph: ir.Graph | ir.Function, outer: list[set[ir.Value]]) -> Iterator[str]:
-    """Values that are used where nothing in sight has computed them yet."""
     seen = set(graph.inputs)
     if isinstance(graph, ir.Graph):
         seen |= set(graph.initializers.values())

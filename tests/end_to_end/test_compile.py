@@ -379,6 +379,12 @@ def test_benchmarks_against_the_source(tmp_path: Path) -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 
+def _out_of_order() -> ir.Model:
+    model = mlp()
+    model.graph.insert_after(model.graph[-1], model.graph[-2])
+    return model
+
+
 def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     model = mlp()
     cases: list[tuple[type[QGraphError], str, dict[str, object]]] = [
@@ -395,6 +401,8 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
          {"calibration": [{"x": np.full((2, 16), np.nan, np.float32)}]}),
         (CalibrationError, "samples=0", {"samples": 0}),
         (ModelError, "does not exist|no such|not found", {"model": tmp_path / "absent.onnx"}),
+        (ModelError, "not sound: Add 'y': its input 'm1' comes from MatMul 'm1', which runs later",
+         {"model": _out_of_order()}),
         (ModelError, "cannot compile a int: give an ir.Model, a path or a torch.nn.Module",
          {"model": 3}),
         (PipelineError, "needs a model that is calibrated",
