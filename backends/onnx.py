@@ -11,7 +11,7 @@ from qgraph.backends.lowering.functions import inline_functions
 from qgraph.backends.lowering.products import lower_products
 from qgraph.backends.lowering.shield import shield_float
 from qgraph.backends.lowering.tables import lower_tables
-from qgraph.graph.ops import MOVES
+from qgraph.graph.ops import MOVES, dilated_average
 from qgraph.graph.reading import is_op
 from qgraph.graph.sites import Site
 from qgraph.io.session import open_session
@@ -56,7 +56,7 @@ class OnnxTarget:
         return Verdict(True, "standard operators express it")
 
     def supports_glue(self, node: ir.Node) -> bool:
-        return is_op(node, *GLUE)
+        return is_op(node, *GLUE) and not dilated_average(node)
 
     def legalize(self, model: ir.Model) -> bool:
         changed = lower_tables(model)

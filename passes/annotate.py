@@ -54,6 +54,7 @@ from qgraph.numerics.spec import (
     PER_TOKEN,
     WEIGHT,
     PerTensor,
+    PerToken,
     QuantSpec,
     RangeMethod,
     describe,
@@ -135,6 +136,8 @@ _ATTENTION = "both operands are computed: quantizing them costs more than the pr
 _RECURRENT = (
     "recurrent: errors of its weights add up over time steps, and the target has no faster kernel"
 )
+PER_CHANNEL, INTEGER_PRODUCTS = 13, 10
+"""The opsets that brought DequantizeLinear with an axis, and MatMulInteger."""
 SMALL_TABLE = 1 << 16
 """A lookup table of fewer bytes is not worth quantizing."""
 
@@ -240,6 +243,8 @@ class Annotate(Pass):
                 break
             if inside and activation is not None and not activation.dynamic:
                 verdict = Verdict(False, "calibration cannot look into bodies of control flow")
+            elif old := _too_old(site, activation, version):
+                verdict = Verdict(False, old)
             elif lacking := formats.of(weight).fits(weight, site, activation, version):
                 verdict = Verdict(False, lacking)
             else:
@@ -327,6 +332,14 @@ def _weigh_convolutions(asking: Annotate, model: ir.Model, context: Context) -> 
         why = "int8 here would cost more in conversions around it than its kernel saves"
         numbers = verdicts[site.name].numbers
         asking.remark(context, site, "float", why, **numbers)
+
+
+def _too_old(site: Site, activation: QuantSpec | None, version: int) -> str | None:
+    """Why a model whose opset could not be raised cannot say it; products of integers are older."""
+    by_token = activation is not None and isinstance(activation.granularity, PerToken)
+    if version >= PER_CHANNEL or (by_token and site.is_product and version >= INTEGER_PRODUCTS):
+        return None
+    return f"opset {version} has no scales for channels, and could not become {PER_CHANNEL}"
 
 
 def _unfit(site: Site) -> str | None:

@@ -17,6 +17,7 @@ from qgraph.graph.editing import derived_constant, redirect, remove_dead
 from qgraph.graph.einsum import plain_einsum
 from qgraph.graph.fused_products import take_apart
 from qgraph.graph.names import unique_names
+from qgraph.graph.ops import dilated_average
 from qgraph.graph.reading import (
     INLINE_BYTES,
     array,
@@ -26,6 +27,7 @@ from qgraph.graph.reading import (
     input_of,
     is_op,
 )
+from qgraph.graph.symbols import untie_symbols
 from qgraph.graph.types import infer_types
 from qgraph.passes.fold_constants import FoldConstants
 from qgraph.pipeline.context import Context
@@ -48,6 +50,7 @@ class Canonicalize(Pass):
         FusedConv, FusedGemm, FusedMatMul          their parts
         Attention (x, w, b, mask)                  MatMul -> Add -> Split -> MultiHeadAttention
         Identity, inference Dropout                gone
+        AveragePool <dilations = [1, 1]>           AveragePool
         a call of a model-local function           its body (functions of domain qgraph stay)
         If with a constant condition               the branch that is taken
         nodes whose results nobody reads           gone
@@ -57,10 +60,11 @@ class Canonicalize(Pass):
     can call a layer by its name; types and shapes are inferred. Constants are folded by
     :class:`~qgraph.passes.fold_constants.FoldConstants`.
 
-    The inputs and outputs of the model stay, with one exception. An initializer that is also an
+    The inputs and outputs of the model stay, with two exceptions. An initializer that is also an
     input is a default that callers may override, so it stays an input and no constant. Before IR
     version 4, however, every initializer had to be listed as input: those are constants, lose
-    their place among the inputs, and the model becomes one of IR version 4.
+    their place among the inputs, and the model becomes one of IR version 4. Symbolic sizes that
+    inputs share by name alone are told apart, see :func:`qgraph.graph.symbols.untie_symbols`.
 
     Einsums become products where one operand is constant and they are one, and what onnxruntime has
     fused with products is taken apart (onnxruntime fuses it again where it stays float): on its own
@@ -81,17 +85,24 @@ class Canonicalize(Pass):
         changed |= self._inline_functions(model, context)
         changed |= unique_names(model)
         changed |= FoldConstants().run(model, context)
+        if count := untie_symbols(model):
+            message = "inputs call sizes alike that nothing ties: told apart"
+            context.remark("note", self.name, "", "", message, symbols=count)
+            infer_types(model)
         nodes = model.graph.all_nodes
         simplified = sum(plain_einsum(model, node) or take_apart(model, node) for node in nodes())
         for node in nodes():
             simplified += (
-                _drop_identity(node) or _plain_gemm(model, node) or _flat_weight(model, node)
+                _drop_identity(node)
+                or _plain_gemm(model, node)
+                or _flat_weight(model, node)
+                or _plain_pool(node)
             )
         if simplified:
             context.remark("applied", self.name, "", "", "simplified nodes", count=simplified)
             infer_types(model)
         changed |= _share_equal(model) | remove_dead(model)
-        return changed or bool(simplified)
+        return changed or bool(simplified or count)
 
     def _constants_are_no_inputs(self, model: ir.Model, context: Context) -> bool:
         if (model.ir_version or 0) >= 4 or not common.RemoveInitializersFromInputsPass()(
@@ -203,6 +214,13 @@ def _absorb(model: ir.Model, node: ir.Node, index: int, factor: float, name: str
     _substitute(model, node, index, name, tensor.shape.numpy(), lambda w: w * factor)
     node.attributes.pop(name)
     return True
+
+
+def _plain_pool(node: ir.Node) -> bool:
+    """Drop dilations of 1, which integer kernels do not know the name of."""
+    if not is_op(node, "AveragePool") or "dilations" not in node.attributes:
+        return False
+    return not dilated_average(node) and node.attributes.pop("dilations") is not None
 
 
 def _flat_weight(model: ir.Model, node: ir.Node) -> bool:

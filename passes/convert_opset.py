@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qgraph.graph.annotation import copied
 from qgraph.graph.editing import add_constant, lift_constant
-from qgraph.graph.names import fresh_name
+from qgraph.graph.names import forget_names, fresh_name
 from qgraph.graph.reading import INLINE_BYTES, constant, is_op, node_name, nodes, opset
 from qgraph.graph.types import infer_types
+from qgraph.graph.upgrades import is_own, keep_coordinates, upgrade
+from qgraph.io.random_feed import first_feed
+from qgraph.io.session import run
+from qgraph.numerics.noise import relative_error
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.pipeline.verify import EQUIVALENT_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,11 @@ class ConvertOpset(Pass):
     their values). Only nodes that come back different are replaced; they keep name and metadata.
     Foreign domains and weights stay where they are.
 
-    Where that does not work (model-local functions left, an operator that has no conversion), the
-    model stays as it was, with a remark.
+    What the converter is known to get wrong is done here, see :mod:`qgraph.graph.upgrades`, and the
+    models before and after run on a feed: the first of the calibration data, or a random one.
+
+    Where that does not work (model-local functions left, an operator that has no conversion, other
+    results), the model stays as it was, with a remark.
 
     Parameters:
         version: opset that is needed; a model that has it or a newer one is left alone.
@@ -53,16 +62,17 @@ class ConvertOpset(Pass):
         current = opset(model)
         if current >= self.version:
             return False
+        before = copied(model)
         try:
             replaced = _convert(model, current, self.version)
+            if reason := _difference(before, model, context):
+                raise _ImpossibleError(reason)
         except _ImpossibleError as error:
+            model.graph, model.ir_version = before.graph, before.ir_version
+            forget_names(model)
             reason = f"opset {current} cannot become {self.version}: {error}"
             context.remark("declined", self.name, "", "", reason)
             return False
-        model.opset_imports.pop("ai.onnx", None)
-        model.opset_imports[""] = self.version
-        needed = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", self.version)])
-        model.ir_version = max(model.ir_version or 0, needed)
         message = f"opset {current} became {self.version}"
         context.remark("applied", self.name, "", "", message, replaced_nodes=replaced)
         return True
@@ -78,6 +88,8 @@ def _convert(model: ir.Model, current: int, version: int) -> int:
         name = next(iter(model.functions.values())).name
         raise _ImpossibleError(f"function '{name}' has an opset of its own, inline it first")
     affected = [node for node in nodes(model) if _changes(node, current, version)]
+    own = [node for node in affected if is_own(node, current, version)]
+    affected = [node for node in affected if node not in own]
     try:
         converted = _converted(affected, current, version)
     except Exception as error:
@@ -90,13 +102,41 @@ def _convert(model: ir.Model, current: int, version: int) -> int:
     converted.graph.outputs.clear()
     replaced = 0
     for node, part, outputs in zip(affected, parts, results, strict=True):
+        keep_coordinates(node, current, part)
         if not _same(node, part):
             converted.graph.remove(part)
             _replace(model, node, part, outputs)
             replaced += 1
-    if replaced:
+    for node in own:
+        upgrade(model, node)
+    model.opset_imports.pop("ai.onnx", None)
+    model.opset_imports[""] = version
+    needed = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", version)])
+    model.ir_version = max(model.ir_version or 0, needed)
+    if replaced or own:
         infer_types(model)
-    return replaced
+    return replaced + len(own)
+
+
+def _difference(before: ir.Model, after: ir.Model, context: Context) -> str | None:
+    """What running both on a feed shows to be different; None if nothing is, or cannot run."""
+    try:
+        feed = first_feed(before, context.calibration, context.seed)
+        ideal = run(_plain(before, context), feed)
+    except Exception:  # a random feed may not fit the model, or an operator be unknown
+        return None
+    try:
+        outputs = run(_plain(after, context), feed)
+    except Exception as error:
+        return f"the result does not run: {str(error).splitlines()[0]}"
+    for value, old, new in zip(before.graph.outputs, ideal, outputs, strict=True):
+        if isinstance(old, np.ndarray) and relative_error(old, new) > EQUIVALENT_TOLERANCE:
+            return f"output '{value.name}' would be another one"
+    return None
+
+
+def _plain(model: ir.Model, context: Context) -> Any:
+    return context.target.open_session(model, optimized=False, prepack=False, arena=False)
 
 
 def _changes(node: ir.Node, current: int, version: int) -> bool:

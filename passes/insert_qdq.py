@@ -24,6 +24,7 @@ from qgraph.graph.annotation import (
     use_spec,
     weight_spec,
 )
+from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, redirect, remove_dead, shared_constant, typed
 from qgraph.graph.functions import (
     DEQUANTIZE_PER_TOKEN,
@@ -32,7 +33,7 @@ from qgraph.graph.functions import (
     declare,
     grid_values,
 )
-from qgraph.graph.ops import MOVES, lowest_value
+from qgraph.graph.ops import MOVES, dilated_average, lowest_value
 from qgraph.graph.reading import array, constant, input_of, is_op, producer, release
 from qgraph.graph.sites import Site, only_user, output_value, site_of
 from qgraph.numerics.reference import quantize_bias
@@ -253,9 +254,23 @@ class _Data:
             )  # fmt: skip
             new = typed(dq, ir.DataType.FLOAT, value.shape)
         for node, index in users:
-            node.replace_input_with(index, new)
+            own = self._for_pool(node, new) if dilated_average(node) else new
+            node.replace_input_with(index, own)
         if shared and value.is_graph_output():
             redirect(value, new, keep=[q, *(u.node for u in value.uses())])
+
+    def _for_pool(self, node: ir.Node, value: ir.Value) -> ir.Value:
+        """What a DequantizeLinear computes, by Cast, Sub and Mul: behind it onnxruntime makes an
+        integer kernel of any AveragePool, which then refuses dilations."""
+        dq = value.producer()
+        if not is_op(dq, "DequantizeLinear"):
+            return value
+        q, scale, zero = (input_of(dq, i) for i in range(3))
+        graph = Builder(self.model, node, f"{value.name}_")
+        wide = graph.op("Cast", q, to=int(ir.DataType.FLOAT), shape=value.shape)
+        offset = graph.op("Cast", zero, to=int(ir.DataType.FLOAT), shape=())
+        centred = graph.op("Sub", wide, offset, shape=value.shape)
+        return graph.op("Mul", centred, scale, shape=value.shape)
 
     def _widened_float8(self, q: ir.Node, value: ir.Value, scale: ir.Value) -> ir.Value:
         """Cast and Mul instead of DequantizeLinear, behind which onnxruntime rounds the weight of

@@ -22,7 +22,7 @@ from qgraph.backends.lowering.match import INT8_BLOCKS
 from qgraph.backends.lowering.products import lower_products
 from qgraph.backends.lowering.shield import shield_float
 from qgraph.backends.lowering.tables import lower_tables
-from qgraph.graph.ops import MOVES
+from qgraph.graph.ops import MOVES, dilated_average
 from qgraph.graph.reading import attribute, dims, is_op
 from qgraph.graph.sites import Site
 from qgraph.io.session import open_session
@@ -191,7 +191,7 @@ class CpuTarget:
         return all(host_table().speedup(case) > MARGIN for case in cases)
 
     def supports_glue(self, node: ir.Node) -> bool:
-        return is_op(node, *GLUE)
+        return is_op(node, *GLUE) and not dilated_average(node)
 
     def legalize(self, model: ir.Model) -> bool:
         changed = lower_block_products(model)

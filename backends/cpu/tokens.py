@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.graph.editing import insert, redirect, replace, shared_constant, typed
+from qgraph.graph.flow.tokens import same_tokens
 from qgraph.graph.functions import QUANTIZE_PER_TOKEN, is_call
 from qgraph.graph.reading import MICROSOFT, array, dims, input_of, is_op, nodes, opset, producer
 from qgraph.graph.sites import only_user
@@ -29,9 +30,10 @@ def lower_quantizers(model: ir.Model) -> bool:
     multiplied by the token's magnitude 0.
     """
     quantizers = [node for node in nodes(model) if is_call(node, QUANTIZE_PER_TOKEN)]
+    tokens = same_tokens(model, [input_of(node, 0) for node in quantizers])
     known: dict[tuple[object, ...], ir.Value] = {}
-    for node in quantizers:
-        _lower(model, node, known)
+    for node, alike in zip(quantizers, tokens, strict=True):
+        _lower(model, node, alike, known)
     return bool(quantizers)
 
 
@@ -78,7 +80,9 @@ def _scales_tokens(node: ir.Node) -> bool:
     )
 
 
-def _lower(model: ir.Model, node: ir.Node, known: dict[tuple[object, ...], ir.Value]) -> None:
+def _lower(
+    model: ir.Model, node: ir.Node, alike: object, known: dict[tuple[object, ...], ir.Value]
+) -> None:
     x, step, zero, floor = node.inputs
     assert x is not None
     add = partial(insert, model, node)
@@ -96,7 +100,7 @@ def _lower(model: ir.Model, node: ir.Node, known: dict[tuple[object, ...], ir.Va
     width = dims(x)[-1] if len(dims(x)) > 1 else None  # blocks need a second axis
     if opset(model) >= BLOCKED and width is not None:
         scale = add("Mul", [largest.outputs[0], step], base=f"{base}_scale")
-        zeros = _zero_points(model, node, largest.outputs[0], known)
+        zeros = _zero_points(model, node, largest.outputs[0], alike, known)
         q = add(
             "QuantizeLinear", [x, typed(scale, ir.DataType.FLOAT, None), zeros],
             base=f"{base}_rounded", attributes={"axis": -1, "block_size": width},
@@ -110,13 +114,15 @@ def _lower(model: ir.Model, node: ir.Node, known: dict[tuple[object, ...], ir.Va
 
 
 def _zero_points(
-    model: ir.Model, node: ir.Node, largest: ir.Value, known: dict[tuple[object, ...], ir.Value]
+    model: ir.Model,
+    node: ir.Node,
+    largest: ir.Value,
+    alike: object,
+    known: dict[tuple[object, ...], ir.Value],
 ) -> ir.Value:
     """The zero point once for each token, made once for all that have the same tokens."""
-    x, zero = input_of(node, 0), node.inputs[2]
-    tokens = list(x.shape or ())[:-1]
-    named = all(isinstance(d, int) or d.value is not None for d in tokens)
-    key = (id(node.graph), zero, *map(str, tokens)) if named else (largest,)
+    zero = node.inputs[2]
+    key = (id(node.graph), zero, alike)
     if key not in known:
         base = f"{largest.name}_tokens"
         shape = insert(model, node, "Shape", [largest], base=base)

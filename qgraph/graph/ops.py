@@ -52,6 +52,13 @@ HOMOGENEOUS = frozenset({"LeakyRelu", "PRelu", "Relu"})
 POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
 """Pixels of a channel are pooled with each other alone; a factor passes through these, too."""
 
+
+def dilated_average(node: ir.Node) -> bool:
+    """Whether it averages pixels that are apart, which no integer kernel does."""
+    found = node.attributes.get("dilations")
+    return is_op(node, "AveragePool") and found is not None and set(found.as_ints()) != {1}
+
+
 ARITHMETIC = frozenset({"Abs", "Add", "Div", "Max", "Min", "Mul", "Neg", "Pow", "Sqrt", "Sub"})
 """Element by element: what activation functions and their gates are written out with."""
 

@@ -2,33 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx
 import onnx_ir as ir
+
+from qgraph.graph.reading import INLINE_BYTES, MAIN_DOMAINS, MICROSOFT
 
 
 def infer_types(model: ir.Model) -> None:
     """Fill in the types and shapes that ONNX can tell; where it cannot, the model stays as it is.
 
-    Weights stay where they are. What a node of a foreign domain returns is known only where the
-    file says so.
+    What is inferred counts, not what the file says of inner values: exporters leave shapes of the
+    batch that they saw. Inputs and outputs keep what is declared of them. Weights stay where they
+    are. What a node of a foreign domain returns is known only where the file says so.
     """
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.type = ir.TensorType(value.const_value.dtype)
                 value.shape = ir.Shape(value.const_value.shape.numpy())
+    skeleton = _skeleton(model)
+    forget_inner_types(skeleton, MAIN_DOMAINS)
+    for body in _graphs(skeleton.graph):
+        for output in body.output:
+            if output.type.HasField("tensor_type"):
+                output.type.tensor_type.ClearField("shape")
     # onnx_ir's own pass takes every result for a tensor, sequences too, and writes to the log.
     try:
-        proto = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
+        proto = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
     except onnx.shape_inference.InferenceError:
         return
     twins = ir.from_proto(proto).graphs()
+    fixed = all(value.shape is not None and value.shape.is_static() for value in model.graph.inputs)
     for graph, twin in zip(model.graphs(), twins, strict=True):
         inferred = {str(value.name): value for node in twin for value in node.outputs if value.name}
         for value in (value for node in graph for value in node.outputs):
             same = inferred.get(str(value.name))
-            if same is not None and same.type is not None:
-                value.type, value.shape = same.type, same.shape
+            if same is None or same.type is None:
+                continue
+            if graph is model.graph and value.is_graph_output() and value.shape is not None:
+                continue
+            value.type, value.shape = same.type, _merged(same.shape, value.shape, fixed)
+
+
+def _merged(inferred: ir.Shape | None, declared: ir.Shape | None, fixed: bool) -> ir.Shape | None:
+    """What was inferred; what it leaves open is as declared if all inputs are of one size, else
+    only the last axis is, which no batch and no length changes."""
+    if declared is None or (inferred is not None and len(inferred) != len(declared)):
+        return inferred
+    if inferred is None:
+        inferred = ir.Shape([None] * len(declared))
+    known = range(len(declared)) if fixed else range(len(declared))[-1:]
+    sizes = [
+        declared[i] if i in known and not isinstance(size, int) else size
+        for i, size in enumerate(inferred)
+    ]
+    return ir.Shape(sizes)
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as runtimes get it: without types and shapes that they infer themselves.
+
+    onnxruntime believes what it is told: it lets values of equal symbolic shape share a buffer,
+    though exporters call the batch of each of two inputs `batch`.
+    """
+    proto = ir.to_proto(model)
+    forget_inner_types(proto, (*MAIN_DOMAINS, MICROSOFT, "qgraph"))
+    return proto
+
+
+def forget_inner_types(proto: onnx.ModelProto, domains: Collection[str]) -> None:
+    """Drop what `proto` says of inner values, but results of operators of other domains."""
+    for graph in _graphs(proto.graph):
+        foreign = {n for node in graph.node if node.domain not in domains for n in node.output}
+        kept = [info for info in graph.value_info if info.name in foreign]
+        if len(kept) < len(graph.value_info):
+            del graph.value_info[:]
+            graph.value_info.extend(kept)
+
+
+def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """A graph and all the bodies in it."""
+    found = [graph]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                found += _graphs(attribute.g)
+            elif attribute.type == onnx.AttributeProto.GRAPHS:
+                for body in attribute.graphs:
+                    found += _graphs(body)
+    return found
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
@@ -36,7 +100,7 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
     large: list[tuple[ir.Value, ir.TensorProtocol]] = []
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes > 1024:
+        if tensor is not None and tensor.nbytes > INLINE_BYTES:
             large.append((value, tensor))
             shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(

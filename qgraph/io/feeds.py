@@ -54,7 +54,8 @@ def open_calibration(data: object, model: ir.Model, samples: int | None = None) 
 
     Raises:
         CalibrationError: here or while iterating: the data cannot be read, holds no feed, or a feed
-            does not fit: unknown or missing names, rank, fixed dimensions, dtype, NaN or infinity.
+            does not fit: unknown or missing names, rank, fixed dimensions, dtype, NaN or infinity
+            (but -inf, as in masks).
     """
     if samples is not None and samples < 1:
         raise CalibrationError(f"samples={samples}: take at least one calibration sample")
@@ -204,7 +205,8 @@ def _fit(given: np.ndarray, value: ir.Value, where: str) -> np.ndarray:
             raise CalibrationError(f"{where} has shape {given.shape}, expected {value.shape}")
     if given.shape[:1] == (0,):
         raise CalibrationError(f"{where} is an empty batch of shape {given.shape}: leave it out")
-    if fitted.dtype.kind == "f" and not np.isfinite(fitted).all():
+    # Masks hold -inf, which is fine as long as nothing that is observed does.
+    if fitted.dtype.kind == "f" and not (fitted < np.inf).all():
         raise CalibrationError(f"{where} holds NaN or infinity: clean the data")
     return fitted
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qgraph.errors import ModelError
 from qgraph.graph.reading import INLINE_BYTES, initializers
+from qgraph.graph.types import to_proto
 from qgraph.io.external_data import in_memory, settle
 from qgraph.io.files import check_writable, same
 from qgraph.io.publication import publish, stage
@@ -322,7 +323,7 @@ def _write(model: ir.Model, file: Path, data_name: str) -> None:
     for value, tensor in pairs:
         if value.const_value is tensor and isinstance(tensor, ir.ExternalTensor):
             value.const_value = in_memory(tensor)
-    ir.save(copy, file, format="protobuf")
+    file.write_bytes(to_proto(copy).SerializeToString())
 
 
 def check_reload(

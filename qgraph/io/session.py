@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qgraph.errors import ModelError
 from qgraph.graph.reading import INLINE_BYTES, initializers
+from qgraph.graph.types import to_proto
 from qgraph.io.external_data import in_memory
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _lending(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
             )
         elif isinstance(tensor, ir.ExternalTensor):
             value.const_value = in_memory(tensor)
-    return ir.to_proto(copy), lent
+    return to_proto(copy), lent
 
 
 def _forget(array: np.ndarray) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qgraph.backends.onnx import OnnxTarget
 from qgraph.graph.reading import nodes, opset
 from qgraph.graph.text.printer import to_text
 from qgraph.io.session import open_session, run
@@ -193,6 +194,38 @@ def test_the_scan_of_opset_8_is_declined() -> None:
         version=8,
     )
     declines(model, "batch axis")
+
+
+MOVED = {
+    "upsample": (9, 'Upsample <mode = "linear"> (x, s)', [1, 1, 2, 2]),
+    "upsample-nearest": (9, 'Upsample <mode = "nearest"> (x, s)', [1, 1, 1.5, 1.7]),
+    "resize": (10, 'Resize <mode = "linear"> (x, s)', [1, 1, 1.5, 1.7]),
+    "resize-down": (10, 'Resize <mode = "nearest"> (x, s)', [1, 1, 0.6, 0.5]),
+    "hardmax": (11, "Hardmax <axis = 2> (x)", []),
+    "group-norm": (18, "GroupNormalization <num_groups = 2> (x, s, s)", [1.5, 0.5]),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.parametrize("version", [13, 21])
+def test_what_the_converter_gets_wrong(name: str, version: int) -> None:
+    old, call, numbers = MOVED[name]
+    text = f"m (float[2,4,6,6] x) => (float[p,q,r,t] y) {{ y = {call} }}"
+    tensors = [ir.Tensor(np.array(numbers, np.float32), name="s")] if numbers else []
+    model = parse(text, *tensors, version=old)
+    if old < version:
+        converted(model, version)
+
+
+def test_other_results_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what is known to be wrong were not known, both models running would tell."""
+    monkeypatch.setattr("qgraph.passes.convert_opset.is_own", lambda *_: False)
+    model = parse("m (float[2,4,6] x) => (float[p,q,r] y) { y = Hardmax (x) }", version=11)
+    context = Context(target=OnnxTarget())
+    PassManager([Canonicalize(), ConvertOpset(13)]).run(model, context)
+    assert opset(model) == 11
+    assert "output 'y' would be another one" in str(context.remarks)
+    assert outputs(model, feed(model))[0].sum() == 2
 
 
 @settings(deadline=None, max_examples=25)

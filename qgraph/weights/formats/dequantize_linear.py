@@ -26,9 +26,14 @@ class Stored:
     attributes: Mapping[str, int]
 
     def __call__(self, node: ir.Node) -> ir.Value:
-        """The float32 weight for `node`, dequantized right before it."""
+        """The float32 weight for `node`, dequantized right before it.
+
+        For bodies of control flow it is dequantized outside: onnxruntime looks for the integers of
+        a DequantizeLinear in the body itself, and refuses the model where they are further out.
+        """
+        anchor = node if node.graph is self.model.graph else self.model.graph[0]
         dq = insert(
-            self.model, node, "DequantizeLinear", self.parts,
+            self.model, anchor, "DequantizeLinear", self.parts,
             base=f"{self.base}_dq", attributes=self.attributes,
         )  # fmt: skip
         result = dq.outputs[0]

@@ -1,0 +1,265 @@
+"""Graphs that people bring and that no exporter of today makes: each compiles, runs and agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import qgraph
+from qgraph.numerics.noise import sqnr_db
+from tests.models import build, parsed, weight
+
+LEVELS = (False, True)
+
+
+def session(model: str | bytes, optimized: bool) -> Any:
+    """onnxruntime as users run it, nothing of ours between."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def written(
+    model: ir.Model,
+    folder: Path,
+    recipe: str,
+    target: str,
+    calibration: Sequence[Mapping[str, np.ndarray]] | None = None,
+    **parameters: Any,
+) -> Path:
+    """The file that compiling `model` gives."""
+    compiled = qgraph.compile(model, recipe, calibration, target, **parameters)
+    return compiled.save(folder / "out.onnx")
+
+
+def check(
+    model: ir.Model, file: Path, feeds: Sequence[Mapping[str, np.ndarray]], decibels: float
+) -> None:
+    """The file agrees with the float model at both optimization levels, in shapes and values."""
+    plain = session(ir.to_proto(model).SerializeToString(), False)
+    for optimized in LEVELS:
+        quantized = session(str(file), optimized)
+        for feed in feeds:
+            for ours, theirs in zip(quantized.run(None, feed), plain.run(None, feed), strict=True):
+                assert ours.shape == theirs.shape
+                assert ours.dtype == theirs.dtype
+                if theirs.size:
+                    assert sqnr_db(theirs, ours) > decibels
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# --- shapes and symbols that lie ------------------------------------------------------------------
+
+
+def two_towers(middle: str = "Relu({})") -> ir.Model:
+    """Both inputs call their first axis `batch`, as exporters do, and nothing makes them agree."""
+    return build(
+        f"""towers (float[batch,64] a, float[batch,64] b) => (float[p,q] y, float[batch,32] z) {{
+            ha = MatMul(a, wa)
+            ra = {middle.format("ha")}
+            ya = MatMul(ra, va)
+            hb = MatMul(b, wb)
+            rb = {middle.format("hb")}
+            z = MatMul(rb, vb)
+            zt = Transpose <perm = [1, 0]> (z)
+            y = MatMul(ya, zt)
+        }}""",
+        *(weight(name, 64, 64) for name in ("wa", "wb")),
+        *(weight(name, 64, 32) for name in ("va", "vb")),
+    )
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu:avx2"])
+@pytest.mark.parametrize("recipe", ["dynamic", "rtn"])
+def test_two_inputs_call_their_batches_alike(recipe: str, target: str, tmp_path: Path) -> None:
+    model = two_towers()
+    feed = {"a": normal(2, 64), "b": normal(3, 64, seed=1)}
+    check(model, written(model, tmp_path, recipe, target), [feed], 15)
+
+
+def test_tokens_that_provably_agree_share_their_zero_points(tmp_path: Path) -> None:
+    """One Expand for each tower: its two products have the same tokens."""
+    file = written(two_towers("Mul({0}, {0})"), tmp_path, "dynamic", "cpu:avx2")
+    operators = [node.op_type for node in onnx.load(file).graph.node]
+    assert operators.count("Expand") == 2
+
+
+def test_symbols_of_inputs_that_meet_stay_as_they_are(tmp_path: Path) -> None:
+    model = build(
+        """m (float[batch,64] a, float[batch,64] b) => (float[batch,48] y) {
+            h = Add(a, b)
+            y = MatMul(h, w)
+        }""",
+        weight("w", 64, 48),
+    )
+    result = onnx.load(written(model, tmp_path, "dynamic", "onnx"))
+    assert result.graph.input == ir.to_proto(model).graph.input
+
+
+def stale() -> ir.Model:
+    """A free batch, and inner shapes of the batch of 1 that an exporter saw."""
+    model = build(
+        """m (float[b,64] x) => (float[b,48] y) {
+            h = MatMul(x, w)
+            r = Relu(h)
+            shape = Shape(r)
+            s = Reshape(r, shape)
+            y = MatMul(s, v)
+        }""",
+        weight("w", 64, 64),
+        weight("v", 64, 48),
+    )
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output() and value.shape is not None and len(value.shape) == 2:
+                value.shape = ir.Shape([1, 64])
+    return model
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu:avx2"])
+@pytest.mark.parametrize("recipe", ["dynamic", "static", "rtn"])
+def test_inner_shapes_that_are_wrong(recipe: str, target: str, tmp_path: Path) -> None:
+    model = stale()
+    proto = ir.to_proto(model)
+    file = written(model, tmp_path, recipe, target, [{"x": normal(4, 64)}])
+    check(stale(), file, [{"x": normal(4, 64)}], 15)
+    result = onnx.load(file)
+    assert result.graph.input == proto.graph.input
+    assert result.graph.output == proto.graph.output
+    assert not result.graph.value_info
+
+
+# --- control flow ---------------------------------------------------------------------------------
+
+IN_IF = """m (float[b,64] x, bool c) => (float[b,48] y) {
+    h = If (c) <
+        then_branch = t () => (float[b,64] p) { p = MatMul(x, w) },
+        else_branch = e () => (float[b,64] q) {
+            n = Neg(x)
+            o = MatMul(n, w)
+            r = Relu(o)
+            q = MatMul(r, own)
+        }
+    >
+    y = MatMul(h, v)
+}"""
+IN_LOOP = """m (float[b,64] x, int64 times, bool c) => (float[b,48] y) {
+    h = Loop (times, c, x) <
+        body = l (int64 i, bool go, float[b,64] s) => (bool on, float[b,64] t) {
+            on = Identity(go)
+            o = MatMul(s, w)
+            r = Relu(o)
+            t = MatMul(r, own)
+        }
+    >
+    y = MatMul(h, v)
+}"""
+IN_SCAN = """m (float[n,64] x, float[64] state) => (float[n,48] y) {
+    last, h = Scan <
+        num_scan_inputs = 1,
+        body = l (float[64] s, float[64] e) => (float[64] u, float[64] t) {
+            a = Add(s, e)
+            row = Unsqueeze(a, zero)
+            o = MatMul(row, w)
+            r = Relu(o)
+            p = MatMul(r, own)
+            t = Squeeze(p, zero)
+            u = Identity(t)
+        }
+    > (state, x)
+    y = MatMul(h, v)
+}"""
+BODIES = {
+    "if": (IN_IF, {"x": normal(4, 64), "c": np.array(True)}),
+    "else": (IN_IF, {"x": normal(4, 64), "c": np.array(False)}),
+    "loop": (IN_LOOP, {"x": normal(4, 64), "times": np.array(2), "c": np.array(True)}),
+    "scan": (IN_SCAN, {"x": normal(4, 64), "state": normal(64, seed=1)}),
+}
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu:avx2"])
+@pytest.mark.parametrize("recipe", ["rtn", "hqq", "nf4", "static"])
+@pytest.mark.parametrize("name", BODIES)
+def test_products_in_bodies_of_control_flow(
+    name: str, recipe: str, target: str, tmp_path: Path
+) -> None:
+    text, feed = BODIES[name]
+    tensors = [weight("w", 64, 64), weight("own", 64, 64), weight("v", 64, 48)]
+    zero = ir.Tensor(np.array([0], np.int64), name="zero")
+    model = build(text, *tensors, *([zero] if name == "scan" else []))
+    check(model, written(model, tmp_path, recipe, target, [feed]), [feed], 10)
+
+
+# --- operators that are older or newer than kernels -----------------------------------------------
+
+
+def of_opset(version: int, text: str, *tensors: ir.TensorProtocol) -> ir.Model:
+    """A model as :func:`parsed` gives it, of another opset and of the IR version of its time."""
+    model = parsed(text, *tensors)
+    model.opset_imports[""], model.ir_version = version, 10 if version > 20 else 8
+    return model
+
+
+@pytest.mark.parametrize("recipe", ["dynamic", "static", "rtn"])
+def test_an_opset_that_cannot_be_raised(recipe: str, tmp_path: Path) -> None:
+    """Before opset 9, Scan has a batch axis and an input more."""
+    text = """m (float[2,t,64] x, float[2,64] h) => (float[2,t,48] y) {
+        last, z = Scan <
+            num_scan_inputs = 1,
+            body = l (float[64] s, float[64] e) => (float[64] u, float[64] o) {
+                u = Add(s, e)
+                o = Identity(u)
+            }
+        > (, h, x)
+        y = MatMul(z, w)
+    }"""
+    model = of_opset(8, text, weight("w", 64, 48))
+    model.ir_version = 4
+    feed = {"x": normal(2, 5, 64), "h": np.zeros((2, 64), np.float32)}
+    compiled = qgraph.compile(model, recipe, [feed], "onnx")
+    check(model, compiled.save(tmp_path / "out.onnx"), [feed], 100)
+    assert "opset 8 has no scales" in next(iter(compiled.remarks.verdicts().values())).message
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu:avx2"])
+@pytest.mark.parametrize("apart", [1, 2])
+def test_pools_with_dilations(apart: int, target: str, tmp_path: Path) -> None:
+    text = f"""m (float[1,16,16,16] x) => (float[p,q,r,s] y) {{
+        a = Conv <pads = [1, 1, 1, 1]> (x, w)
+        p = AveragePool <kernel_shape = [2, 2], dilations = [{apart}, {apart}]> (a)
+        y = Conv <pads = [1, 1, 1, 1]> (p, v)
+    }}"""
+    model = build(text, weight("w", 16, 16, 3, 3), weight("v", 16, 16, 3, 3))
+    feed = {"x": normal(1, 16, 16, 16)}
+    check(model, written(model, tmp_path, "static", target, [feed]), [feed], 30)
+
+
+@pytest.mark.parametrize("recipe", ["static", "gptq", "smoothquant"])
+def test_an_input_that_masks_with_infinities(recipe: str, tmp_path: Path) -> None:
+    model = build(
+        """m (float[b,64] x, float[b,48] mask) => (float[b,32] y) {
+            h = MatMul(x, w)
+            a = Add(h, mask)
+            p = Softmax <axis = -1> (a)
+            y = MatMul(p, v)
+        }""",
+        weight("w", 64, 48),
+        weight("v", 48, 32),
+    )
+    mask = np.zeros((4, 48), np.float32)
+    mask[:, 40:] = -np.inf
+    feed = {"x": normal(4, 64), "mask": mask}
+    check(model, written(model, tmp_path, recipe, "onnx", [feed]), [feed], 10)
