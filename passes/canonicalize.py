@@ -159,7 +159,11 @@ def _share_equal(model: ir.Model) -> bool:
 
 
 def _drop_identity(node: ir.Node) -> bool:
-    """Remove a node that only passes its input on, where the result's name can be kept."""
+    """Remove a node that only passes its input on, where the result's name can be kept.
+
+    onnx-ir's IdentityEliminationPass knows no Dropout, and lets a graph return one value twice, or
+    a body what the graph around it has computed.
+    """
     if not is_op(node, "Identity") and not _idle_dropout(node):
         return False
     source, result, graph = node.inputs[0], node.outputs[0], node.graph

@@ -12,7 +12,15 @@ import onnx_ir as ir
 from qgraph.graph.annotation import copied
 from qgraph.graph.editing import add_constant, lift_constant
 from qgraph.graph.names import forget_names, fresh_name
-from qgraph.graph.reading import INLINE_BYTES, constant, is_op, node_name, nodes, opset
+from qgraph.graph.reading import (
+    INLINE_BYTES,
+    constant,
+    is_op,
+    node_name,
+    nodes,
+    opset,
+    source_of,
+)
 from qgraph.graph.types import infer_types
 from qgraph.graph.upgrades import is_own, keep_coordinates, upgrade
 from qgraph.io.random_feed import first_feed
@@ -209,7 +217,7 @@ def _parts(count: int, converted: ir.Graph) -> list[list[ir.Node]]:
             node = stack.pop()
             if node is not None and node not in owner:
                 owner[node] = _owner(output)
-                stack += [value.producer() for value in node.inputs if value is not None]
+                stack += map(source_of, node.inputs)
     parts: list[list[ir.Node]] = [[] for _ in range(count)]
     for node in converted:
         if node in owner:

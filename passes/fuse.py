@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph.graph.annotation import Stage
 from qgraph.graph.editing import Attribute, add_constant, insert, remove_dead, replace
-from qgraph.graph.reading import array, dims, is_op, node_name, producer
+from qgraph.graph.reading import array, dims, is_op, node_name, producer, source_of
 from qgraph.graph.types import infer_types
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
@@ -149,7 +149,7 @@ def _divided(node: ir.Node) -> tuple[ir.Value, float] | None:
 
 def _clipped(value: ir.Value | None, most: float) -> tuple[ir.Value, float] | None:
     """x and c where `value` is clip(x + c, 0, most)."""
-    node = value.producer() if value is not None else None
+    node = source_of(value)
     if node is None or not is_op(node, "Clip") or len(node.inputs) != 3:
         return None
     low, high, add = array(node.inputs[1]), array(node.inputs[2]), producer(node, 0)

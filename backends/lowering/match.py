@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.graph.editing import add_constant, insert, typed
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
-from qgraph.graph.reading import array, attribute, dims, is_op, producer
+from qgraph.graph.reading import array, attribute, dims, is_op, producer, source_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def dynamic_data(node: ir.Node) -> ir.Node | None:
 
 def stored(value: ir.Value | None) -> ir.Value | None:
     """The matrix that `value` is, or is the transpose of: what the model holds."""
-    node = value.producer() if value is not None else None
+    node = source_of(value)
     if node is None or not is_op(node, "Transpose") or len(dims(value)) != 2:
         return value
     perm = node.attributes.get("perm")

@@ -22,6 +22,7 @@ from qgraph.graph.reading import (
     is_op,
     nodes,
     producer,
+    source_of,
 )
 
 Dialect = Literal["onnxruntime", "standard"]
@@ -78,7 +79,7 @@ def _folds(value: ir.Value | None) -> bool:
 
     The operators are those that this package itself writes weights with.
     """
-    node = None if value is None else value.producer()
+    node = source_of(value)
     if is_op(node, "Cast", "Gather", "Mul", "Round", "Sub", "Transpose"):
         return all(map(_folds, node.inputs))
     return constant(value) is not None
@@ -97,8 +98,7 @@ def _lower_product(model: ir.Model, product: _DynamicProduct, dialect: Dialect) 
         inputs = [q, weight, a_scale, scale, a_zero]
         y = graph.op("MatMulIntegerToFloat", *inputs, shape=shape, domain=MICROSOFT)
     elif dialect == "onnxruntime":
-        assert q is not None
-        quantizer = q.producer()
+        quantizer = producer(product.data, 0)
         assert quantizer is not None
         x = quantizer.inputs[0]
         fused = bias if dims(bias) == dims(weight)[1:] else None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 
 from rich.console import Console
 from rich.progress import (
@@ -64,9 +63,8 @@ class _Bars:
     def __call__(
         self, items: Iterable[Item], title: str, total: int | None = None
     ) -> Iterator[Item]:
-        if total is None:
-            with contextlib.suppress(TypeError):
-                total = len(items)  # type: ignore[arg-type]
+        if total is None and isinstance(items, Sized):
+            total = len(items)
         if not self._progress.tasks:
             self._progress.start()
         task = self._progress.add_task(title, total=total)

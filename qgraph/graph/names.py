@@ -46,7 +46,8 @@ def unique_names(model: ir.Model) -> bool:
     """Give every node and every value a name of its own, bodies of control flow included.
 
     The model's inputs and outputs keep theirs, an optional output that is absent stays absent.
-    Returns whether anything was renamed.
+    Returns whether anything was renamed. (onnx-ir's NameFixPass names absent outputs, which makes
+    them present, and lets nodes of two bodies share a name, which remarks could not tell apart.)
     """
     forget_names(model)
     signature = {*model.graph.inputs, *model.graph.outputs}

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.graph.reading import array, is_op
+from qgraph.graph.reading import array, is_op, source_of
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 """The types of numbers that weights and data have before they are quantized."""
@@ -111,7 +111,7 @@ def lowest_value(value: ir.Value | None) -> float | None:
     value of the largest factor is far below those of most channels, and a grid of tokens that has
     to reach it is coarser than one without a bound.
     """
-    node = value.producer() if value is not None else None
+    node = source_of(value)
     if node is None:
         return None
     if is_op(node, *LOWEST):

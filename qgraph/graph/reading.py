@@ -59,7 +59,7 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
         return None
     if value.const_value is not None and value.is_initializer():
         return value.const_value
-    node = value.producer()
+    node = source_of(value)
     if is_op(node, "Constant"):
         return ir.convenience.get_const_tensor(value)
     return None
@@ -77,10 +77,14 @@ def input_of(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-def producer(node: ir.Node, index: int) -> ir.Node | None:
-    """The node that computes an input, or None: absent, or not computed."""
-    value = node.inputs[index] if index < len(node.inputs) else None
+def source_of(value: ir.Value | None) -> ir.Node | None:
+    """The node that computes a value, or None: absent, or not computed."""
     return None if value is None else value.producer()
+
+
+def producer(node: ir.Node, index: int) -> ir.Node | None:
+    """:func:`source_of` an input."""
+    return source_of(node.inputs[index]) if index < len(node.inputs) else None
 
 
 def array(value: ir.Value | None) -> np.ndarray | None:

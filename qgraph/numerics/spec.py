@@ -166,7 +166,7 @@ class QuantSpec:
 
     def with_(self, **changes: object) -> QuantSpec:
         """A copy with some fields changed."""
-        return replace(self, **changes)  # type: ignore[arg-type]
+        return replace(self, **dict[str, Any](changes))
 
     @staticmethod
     def parse(text: str) -> QuantSpec:
@@ -177,7 +177,9 @@ class QuantSpec:
         """
         match = _SYNTAX.fullmatch(text)
         dtype = match and ir.DataType.__members__.get(match["dtype"].upper())
-        if not match or not dtype or match["observer"] not in get_args(RangeMethod):
+        methods: tuple[RangeMethod, ...] = get_args(RangeMethod)
+        observer = next((m for m in methods if match and m == match["observer"]), None)
+        if not match or not dtype or not observer:
             raise QGraphError(
                 f"'{text}' is not a quantization: write it like 'int8 per-axis(0) sym minmax'"
             )
@@ -192,7 +194,7 @@ class QuantSpec:
             dtype,
             granularities[match["kind"]],
             match["symmetry"] == "sym",
-            match["observer"],  # type: ignore[arg-type]
+            observer,
             int(match["bits"] or 0),
             match["group"],
             match["codebook"],  # type: ignore[arg-type]

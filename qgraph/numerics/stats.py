@@ -169,17 +169,15 @@ class Stats:
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Stats:
         """The inverse of :meth:`to_arrays`."""
         low, high = np.asarray(arrays["range"], np.float64).tolist()
-        stats = cls(int(np.asarray(arrays["count"])), low, high)
-        for name in _CHANNEL_FIELDS:
-            if name in arrays:
-                stats = replace(stats, **{name: np.asarray(arrays[name], np.float64)})  # type: ignore[arg-type]
+        parts: dict[str, Any] = {
+            name: np.asarray(arrays[name], np.float64) for name in _CHANNEL_FIELDS if name in arrays
+        }
         for name in _HISTOGRAM_FIELDS:
             if name in arrays:
                 used, counts = np.asarray(arrays[name], np.int64)
-                histogram = BitHistogram()
-                histogram.counts[used] = counts
-                stats = replace(stats, **{name: histogram})  # type: ignore[arg-type]
-        return stats
+                parts[name] = BitHistogram()
+                parts[name].counts[used] = counts
+        return cls(int(np.asarray(arrays["count"])), low, high, **parts)
 
     def __str__(self) -> str:
         return f"[{self.low:.4g}, {self.high:.4g}] n={self.count}"

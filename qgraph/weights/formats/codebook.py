@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, shared_constant
 from qgraph.graph.functions import DEQUANTIZE_CODEBOOK, DOMAIN, declare, is_call
-from qgraph.graph.reading import is_op
+from qgraph.graph.reading import is_op, source_of
 from qgraph.graph.sites import Site
 from qgraph.numerics.codebooks import (
     FACTORS,
@@ -117,12 +117,12 @@ def codebook_call(weight: ir.Value | None, *, turned: bool) -> ir.Node | None:
         turned: the weight is (K, N).
     """
     for op_type, expected in (("Transpose", turned), ("Slice", False), ("Reshape", True)):
-        node = weight.producer() if weight is not None else None
+        node = source_of(weight)
         if is_op(node, op_type):
             weight = node.inputs[0]
         elif expected:
             return None
-    call = weight.producer() if weight is not None else None
+    call = source_of(weight)
     return call if is_call(call, DEQUANTIZE_CODEBOOK) else None
 
 
