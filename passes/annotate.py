@@ -271,8 +271,8 @@ class Annotate(Pass):
 
 def _why_no_product(node: ir.Node) -> str | None:
     """Why an Einsum stays what it is; None for other operators."""
-    found = product_of(node) if is_op(node, "Einsum") and len(node.inputs) > 1 else None
-    return found if isinstance(found, str) else None
+    product = product_of(node) if is_op(node, "Einsum") and len(node.inputs) > 1 else None
+    return product if isinstance(product, str) else None
 
 
 def _is_mean(verdict: Verdict) -> bool:

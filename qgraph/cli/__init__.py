@@ -275,11 +275,11 @@ def recipes() -> None:
     from qgraph.recipes import RECIPES
     from qgraph.report.tables import row, table
 
-    made = table("recipe", "parameters", "")
+    listing = table("recipe", "parameters", "")
     for name, recipe in RECIPES.items():
         shown = [f"{p.name}={p.default}" for p in shell.parameters(name).values()]
-        row(made, name, "\n".join(shown), shell.first_line(recipe))
-    shell.show(made)
+        row(listing, name, "\n".join(shown), shell.first_line(recipe))
+    shell.show(listing)
 
 
 @app.command()
@@ -288,16 +288,16 @@ def passes() -> None:
     from qgraph.passes import all_passes
     from qgraph.report.tables import row, table
 
-    made = table("pass", "contract", "parameters", "")
+    listing = table("pass", "contract", "parameters", "")
     for name, step in sorted(all_passes().items()):
         row(
-            made,
+            listing,
             name,
             step.contract,
             "\n".join(shell.pass_parameters(step)),
             shell.first_line(step),
         )
-    shell.show(made)
+    shell.show(listing)
 
 
 @app.command()
@@ -306,10 +306,10 @@ def targets() -> None:
     from qgraph.backends import TARGETS, describe
     from qgraph.report.tables import row, table
 
-    made = table("target", "")
+    listing = table("target", "")
     for name, description in TARGETS:
-        row(made, name, description)
-    shell.show(made)
+        row(listing, name, description)
+    shell.show(listing)
     print(describe())
 
 
@@ -337,12 +337,21 @@ def bench(
     else:
         feeds = [dict(f) for f in islice(open_calibration(calibration, loaded[0]), samples)]
     results = benchmark(models, feeds, rounds, progress=display())
-    made = table("model", "speed", "quartiles", "SQNR", "ms here and now", right=("speed", "SQNR"))
+    listing = table(
+        "model", "speed", "quartiles", "SQNR", "ms here and now", right=("speed", "SQNR")
+    )
     for result in results:
         spread = f"{result.low:.2f} to {result.high:.2f}"
         sqnr = f"{result.sqnr_db:.1f} dB"
-        row(made, result.name, f"{result.speedup:.2f}x", spread, sqnr, f"{result.milliseconds:.2f}")
-    shell.show(made)
+        row(
+            listing,
+            result.name,
+            f"{result.speedup:.2f}x",
+            spread,
+            sqnr,
+            f"{result.milliseconds:.2f}",
+        )
+    shell.show(listing)
     if calibration is None:
         print("on random inputs: give -c DATA for typical ones")
 
@@ -351,8 +360,8 @@ def _effects(remarks: Remarks) -> Iterator[str]:
     """For each pass at how many sites it did something, and at how many it declined."""
     counts = Counter((r.pass_name, r.kind) for r in remarks if r.kind in ("applied", "declined"))
     for name in dict.fromkeys(name for name, _ in counts):
-        found = {kind: counts[name, kind] for kind in ("applied", "declined")}
-        yield f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in found.items() if n)
+        effects = {kind: counts[name, kind] for kind in ("applied", "declined")}
+        yield f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in effects.items() if n)
 
 
 def _printer(shown: set[str]) -> Hook:

@@ -89,10 +89,10 @@ def parse_size(text: str) -> int:
     Raises:
         QGraphError: it is no size, or zero.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?", text.strip())
-    if found is None or float(found[1]) == 0:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?", text.strip())
+    if size is None or float(size[1]) == 0:
         raise QGraphError(f"--max-memory {text}: write a size like 2G or 500M")
-    return int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
+    return int(float(size[1]) * 1024 ** " kmgt".index(size[2].lower() or " "))
 
 
 def check_pages(

@@ -143,8 +143,8 @@ def _transposed(model: ir.Model, anchor: ir.Node, x: ir.Value, old: str, new: st
 
 
 def _reshaped(model: ir.Model, anchor: ir.Node, x: ir.Value, shape: list[int]) -> ir.Value:
-    wanted = shared_constant(model, f"{node_name(anchor)}_shape", np.array(shape, np.int64))
-    return _build(model, anchor).op("Reshape", x, wanted, dtype=x.dtype)
+    sizes = shared_constant(model, f"{node_name(anchor)}_shape", np.array(shape, np.int64))
+    return _build(model, anchor).op("Reshape", x, sizes, dtype=x.dtype)
 
 
 def _build(model: ir.Model, anchor: ir.Node) -> Builder:

@@ -125,11 +125,11 @@ def _op(
 
 def _finish(node: ir.Node, product: ir.Value, result: ir.Value) -> None:
     """Put `result` in the place of what `node` computed; the product has its name from now on."""
-    made = product.producer()
-    assert made is not None
-    made.metadata_props.update(node.metadata_props)
+    last = product.producer()
+    assert last is not None
+    last.metadata_props.update(node.metadata_props)
     replace(node, result, takes_name=False)
-    made.name = node.name
+    last.name = node.name
 
 
 # --------------------------------------------------------------------------------- FusedMatMul
@@ -176,8 +176,8 @@ def _known_activation(node: ir.Node) -> bool:
 
 
 def _activation(node: ir.Node) -> str:
-    found = node.attributes.get("activation")
-    return "" if found is None else found.as_string()
+    activation = node.attributes.get("activation")
+    return "" if activation is None else activation.as_string()
 
 
 def _activated(model: ir.Model, node: ir.Node, op_type: str) -> None:
@@ -194,8 +194,8 @@ def _activated(model: ir.Model, node: ir.Node, op_type: str) -> None:
         parameters = _PARAMETERS[activation]
         named: dict[str, Attribute] = dict(zip(parameters, numbers, strict=False))
         for name in parameters:  # of FusedGemm
-            if (found := node.attributes.get(f"activation_{name}")) is not None:
-                named[name] = found.as_float()
+            if (parameter := node.attributes.get(f"activation_{name}")) is not None:
+                named[name] = parameter.as_float()
         y = _op(model, node, activation, [y], named)
     _finish(node, product, y)
 
@@ -238,8 +238,8 @@ def _attention(model: ir.Model, node: ir.Node) -> None:
     if bias is not None:
         y = _op(model, node, "Add", [y, bias])
     q, k, v = _pieces(model, node, y, sizes)
-    kept = ("mask_filter_value", "num_heads", "scale", "unidirectional")
-    own = {key: node.attributes[key] for key in kept if key in node.attributes}
+    shared = ("mask_filter_value", "num_heads", "scale", "unidirectional")
+    own = {key: node.attributes[key] for key in shared if key in node.attributes}
     y = _op(model, node, "MultiHeadAttention", [q, k, v, None, mask, added], own, MICROSOFT)
     _finish(node, product, y)
 

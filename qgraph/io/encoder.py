@@ -45,12 +45,12 @@ class Encoder:
             return rest
         given = {name: feed[name] for name in self.inputs}
         try:
-            made = self._session.run(list(self.makes.values()), given)
+            states = self._session.run(list(self.makes.values()), given)
         except Exception as error:
             reason = " ".join(str(error).split())
             names = ", ".join(given)
             raise ModelError(f"{self.file.name} does not run on {names}: {reason}") from error
-        return {**dict(zip(self.makes, made, strict=True)), **rest}
+        return {**dict(zip(self.makes, states, strict=True)), **rest}
 
     @cached_property
     def _session(self) -> Any:

@@ -130,9 +130,9 @@ def sweep(folder: Path, finish: Callable[[Path], None] = lambda unfinished: None
 
 def _made_here(path: Path) -> bool:
     """Whether qgraph made it for this user, and not somebody else to look like it."""
-    found = path.lstat()
-    plain = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
-    mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+    status = path.lstat()
+    plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
     return plain and mine and _OURS.fullmatch(path.name) is not None
 
 

@@ -46,8 +46,8 @@ class Part:
             output = other.outputs.get(role.replace("past", "present"))
             numbered = re.compile(re.escape(pattern).replace("%d", r"(\d+)"))
             for name in known if output is not None else ():
-                if (found := numbered.fullmatch(name)) is not None:
-                    yield name, str(output).replace("%d", "".join(found.groups())), role
+                if (match := numbered.fullmatch(name)) is not None:
+                    yield name, str(output).replace("%d", "".join(match.groups())), role
 
 
 def parts(model: ir.Model) -> tuple[Part | None, Part | None]:
@@ -58,8 +58,8 @@ def parts(model: ir.Model) -> tuple[Part | None, Part | None]:
     source = next(iter(source_files(model)), None)
     if source is None:
         return None, None
-    found = _parts(source.parent)
-    decoder, encoder = found.get("decoder"), found.get("encoder")
+    sections = _parts(source.parent)
+    decoder, encoder = sections.get("decoder"), sections.get("encoder")
     if decoder is None or decoder.file != source:
         return None, None
     return decoder, encoder if encoder is not None and encoder.file.is_file() else None

@@ -41,17 +41,17 @@ class Completer:
         tokens = find_tokens(self._inputs, roles)
         self.tokens = None if tokens is None else str(tokens.name)
         self.encoder = _usable(encoder, decoder, self._inputs)
-        made = self.encoder.makes if self.encoder is not None else {}
-        known = {self.tokens, *self._filled, *made}
+        encoded = self.encoder.makes if self.encoder is not None else {}
+        known = {self.tokens, *self._filled, *encoded}
         rest = {name: value for name, value in self._inputs.items() if name not in known}
         self.states = dict(find_shapes(rest, model.graph.outputs, tokens, decoder))
 
     @property
     def data(self) -> dict[str, ir.Value]:
         """Inputs that the caller gives, in the model's order, then those of the encoder."""
-        made = self.encoder.makes if self.encoder is not None else {}
+        encoded = self.encoder.makes if self.encoder is not None else {}
         filled = self.states if self.tokens is not None else {}
-        own = {n: v for n, v in self._inputs.items() if n not in filled and n not in made}
+        own = {n: v for n, v in self._inputs.items() if n not in filled and n not in encoded}
         return own if self.encoder is None else {**own, **self.encoder.inputs}
 
     def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -120,8 +120,8 @@ class Completer:
         what = f"input '{names[0]}' is missing{also}, only {', '.join(given) or 'nothing'} given"
         if len(missing) == 1 and not filled and self.encoder is None:
             return what
-        wanted = {n: f"'{n}': {_words(v)}" for n, v in self.data.items() if n not in filled}
-        return f"{what}: give {{{_listed(wanted)}}}"
+        needed = {n: f"'{n}': {_words(v)}" for n, v in self.data.items() if n not in filled}
+        return f"{what}: give {{{_listed(needed)}}}"
 
 
 def _usable(
@@ -130,9 +130,9 @@ def _usable(
     """The encoder, if it makes inputs of the model and can be told apart from it in a feed."""
     if encoder is None or decoder is None:
         return None
-    made = {name: output for name, output, _ in decoder.from_outputs(encoder, inputs)}
-    found = Encoder(encoder.file, made)
-    return found if made and not found.inputs.keys() & inputs.keys() else None
+    outputs = {name: output for name, output, _ in decoder.from_outputs(encoder, inputs)}
+    usable = Encoder(encoder.file, outputs)
+    return usable if outputs and not usable.inputs.keys() & inputs.keys() else None
 
 
 def _for_each_kind(positions: np.ndarray, value: ir.Value) -> np.ndarray:

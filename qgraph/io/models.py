@@ -69,14 +69,14 @@ def _model_in(folder: Path) -> Path:
         return folder / _decoder_name(config)
     if (folder / "model.onnx").is_file():
         return folder / "model.onnx"
-    found = sorted(path.name for path in folder.glob("*.onnx"))
-    if not found:
+    names = sorted(path.name for path in folder.glob("*.onnx"))
+    if not names:
         raise ModelError(
             f"{folder} holds no model: give an .onnx file or a folder with a model.onnx"
         )
-    if len(found) > 1:
-        raise ModelError(f"{folder} holds several models: give one of {', '.join(found)}")
-    return folder / found[0]
+    if len(names) > 1:
+        raise ModelError(f"{folder} holds several models: give one of {', '.join(names)}")
+    return folder / names[0]
 
 
 def _decoder_name(config: Path) -> Path:
@@ -172,8 +172,8 @@ def save(
         check_reload(new, run=run_check, open_session=open_session)
         with suppress(FileNotFoundError):
             shutil.copymode(file, new)
-        kept = {path.resolve() for path in model.meta.get(DATA, ())}
-        stale = {str(path.relative_to(root.resolve())) for path in _own_data(file) - kept}
+        given = {path.resolve() for path in model.meta.get(DATA, ())}
+        stale = {str(path.relative_to(root.resolve())) for path in _own_data(file) - given}
         publish(staged, root, name, stale)
 
 

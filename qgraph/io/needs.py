@@ -63,27 +63,27 @@ def find_shapes(
         tokens: a model without them must have other inputs and outputs besides its states.
         decoder: what the model's folder says.
     """
-    found = _said(candidates, outputs, decoder)
-    taken = {state.input for state in found} | {state.output for state in found}
+    states = _said(candidates, outputs, decoder)
+    taken = {state.input for state in states} | {state.output for state in states}
     free = [value for value in candidates.values() if value not in taken]
     left = [output for output in outputs if output not in taken]
-    found += find_states(free, left, updates=tokens is not None)
-    if tokens is None and len(found) in (len(candidates), len(outputs)):
+    states += find_states(free, left, updates=tokens is not None)
+    if tokens is None and len(states) in (len(candidates), len(outputs)):
         return
     batch = None if tokens is None or tokens.shape is None else str(tokens.shape[0])
     sizes = {1: decoder.heads, 3: decoder.head_size} if decoder is not None else {}
-    for state in found:
+    for state in states:
         grows = state.grows and state_shape(state.input, state.output, batch, sizes)
         if (shape := grows or fixed_shape(state.input)) is not None:
             yield str(state.input.name), shape
     if tokens is None:
         return
-    taken = {state.input for state in found} | {state.output for state in found}
+    taken = {state.input for state in states} | {state.output for state in states}
     left = [output for output in outputs if output not in taken]
     for name, value in candidates.items():
         if value in taken or not _called_past(value):
             continue
-        if found and not any(alike(value, output) for output in left):
+        if states and not any(alike(value, output) for output in left):
             continue
         shape = state_shape(value, None, batch, sizes)
         if shape is not None and shape != fixed_shape(value):

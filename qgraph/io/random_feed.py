@@ -106,14 +106,14 @@ def _code_compared(value: ir.Value) -> np.ndarray | None:
 
 def _rows_indexed(value: ir.Value) -> int | None:
     """Length of the shortest table that `value` indexes (Gather, OneHot), or None."""
-    found: list[int | None] = []
+    limits: list[int | None] = []
     for node, index in value.uses():
         if is_op(node, *_KEEP_INDICES) and index == 0:
-            found.append(_rows_indexed(node.outputs[0]))
+            limits.append(_rows_indexed(node.outputs[0]))
         elif is_op(node, "Gather") and index == 1 and (shape := dims(node.inputs[0])):
             axis = node.attributes.get("axis")
-            found.append(shape[axis.as_int() if axis else 0])
+            limits.append(shape[axis.as_int() if axis else 0])
         elif is_op(node, "OneHot") and index == 0 and node.inputs[1] is not None:
             depth = ir.convenience.get_const_tensor(node.inputs[1])
-            found.append(None if depth is None else int(depth.numpy().item()))
-    return min((rows for rows in found if rows), default=None)
+            limits.append(None if depth is None else int(depth.numpy().item()))
+    return min((rows for rows in limits if rows), default=None)

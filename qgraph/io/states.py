@@ -64,16 +64,16 @@ def find_states(
         updates: follow additions and products of elements too, by which states decay and grow, but
             images and hidden values as well.
     """
-    found: dict[ir.Value, list[State]] = {output: [] for output in outputs}
+    by_output: dict[ir.Value, list[State]] = {output: [] for output in outputs}
     for value in inputs:
         for output, way in _carried(value, updates).items():
-            if output in found and way.changes and alike(value, output):
+            if output in by_output and way.changes and alike(value, output):
                 state = State(value, output, way.grows)
-                found[output].insert(0 if way.first else len(found[output]), state)
+                by_output[output].insert(0 if way.first else len(by_output[output]), state)
     taken: set[ir.Value] = set()
     states = []
     for output in outputs:
-        free = [state for state in found[output] if state.input not in taken]
+        free = [state for state in by_output[output] if state.input not in taken]
         if free:
             taken.add(free[0].input)
             states.append(free[0])

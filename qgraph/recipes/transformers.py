@@ -153,5 +153,5 @@ def _grouped(size: int) -> Rule:
     return Rule(PRODUCTS, weight, (int8_blocks(size), PER_TOKEN), where=ends_mlp)
 
 
-def _distill(wanted: bool) -> tuple[Pass, ...]:
-    return (Distill(),) if wanted else ()
+def _distill(distill: bool) -> tuple[Pass, ...]:
+    return (Distill(),) if distill else ()

@@ -29,7 +29,7 @@ def aligned(names: Collection[str], graph: Collection[Path]) -> dict[Path, str]:
     wrappers = sorted({path[:n] for path in graph for n in (0, 1, 2)}, key=lambda p: (len(p), p))
     candidates = [{(*outer, *path): name for path, name in paths.items()} for outer in wrappers]
     candidates += [{path[n:]: name for path, name in paths.items()} for n in (1, 2)]
-    best = max(candidates, key=lambda found: sum(bool(parts_of(path, found)) for path in graph))
+    best = max(candidates, key=lambda known: sum(bool(parts_of(path, known)) for path in graph))
     if not any(parts_of(path, best) for path in graph):
         raise ModelError(
             f"no node of the graph belongs to a layer of the checkpoint, such as "
