@@ -17,7 +17,7 @@ from qgraph.graph.annotation import (
     static_specs,
     use_spec,
 )
-from qgraph.graph.editing import insert
+from qgraph.graph.editing import insert, typed
 from qgraph.graph.functions import OBSERVER, declare
 from qgraph.graph.sites import Site, site_of
 from qgraph.numerics.spec import PerTensor, QuantSpec
@@ -71,8 +71,7 @@ class InsertObservers(Pass):
             base=f"{value.name}/observer", domain="qgraph", after=producer is not None,
         )  # fmt: skip
         set_wanted(node, wanted)
-        observed = node.outputs[0]
-        observed.shape, observed.type = value.shape, value.type
+        observed = typed(node, value.dtype, value.shape)
         copy_annotations(value, observed)
         for use in [u for u in value.uses() if u.node is not node]:
             use.node.replace_input_with(use.idx, observed)

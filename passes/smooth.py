@@ -20,7 +20,7 @@ from qgraph.graph.annotation import (
     set_stats,
     weight_spec,
 )
-from qgraph.graph.editing import add_constant, insert, remove_dead
+from qgraph.graph.editing import add_constant, insert, remove_dead, typed
 from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
 from qgraph.graph.flow.scaling import input_peaks, read_elsewhere, scale_inputs, unscalable
 from qgraph.graph.ops import lowest_value
@@ -175,11 +175,11 @@ def _insert(model: ir.Model, sites: list[Site], factors: Float) -> ir.Value:
     """x / factors, for these readers of x."""
     x, first = sites[0].x, sites[0].node
     inverse = add_constant(model, f"{x.name}_inverse", (1 / factors).astype(np.float32))
-    product = insert(model, first, "Mul", [x, inverse], base=f"{x.name}_smooth").outputs[0]
-    product.type, product.shape = x.type, x.shape
+    product = insert(model, first, "Mul", [x, inverse], base=f"{x.name}_smooth")
+    smooth = typed(product, x.dtype, x.shape)
     for site in sites:
-        site.node.replace_input_with(site.x_index, product)
-    return product
+        site.node.replace_input_with(site.x_index, smooth)
+    return smooth
 
 
 def _measured_noise(

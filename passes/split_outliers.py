@@ -20,7 +20,7 @@ from qgraph.graph.annotation import (
     spec_of,
     use_spec,
 )
-from qgraph.graph.editing import add_constant, insert, redirect, remove_dead
+from qgraph.graph.editing import add_constant, insert, redirect, remove_dead, typed
 from qgraph.graph.flow.absorption import Absorption, absorption, divide, merge
 from qgraph.graph.flow.scaling import input_peaks, read_elsewhere, scale_inputs, unscalable
 from qgraph.graph.reading import attribute, constant_array, is_op, release
@@ -138,10 +138,8 @@ def _take(model: ir.Model, x: ir.Value, channels: Indices, before: ir.Node) -> i
     taken = insert(
         model, before, "Gather", [x, chosen], base=f"{x.name}_outlying", attributes={"axis": -1}
     )
-    result = taken.outputs[0]
-    result.type = x.type
-    if x.shape is not None:
-        result.shape = ir.Shape([*x.shape[:-1], channels.size])
+    shape = None if x.shape is None else ir.Shape([*x.shape[:-1], channels.size])
+    typed(taken, x.dtype, shape)
     return taken
 
 
@@ -158,8 +156,8 @@ def _masked(model: ir.Model, x: ir.Value, channels: Indices, sites: list[Site]) 
     keep = np.ones(sites[0].kn[0], np.float32)
     keep[channels] = 0
     mask = add_constant(model, f"{x.name}_mask", keep)
-    masked = insert(model, sites[0].node, "Mul", [x, mask], base=f"{x.name}_masked").outputs[0]
-    masked.type, masked.shape = x.type, x.shape
+    product = insert(model, sites[0].node, "Mul", [x, mask], base=f"{x.name}_masked")
+    masked = typed(product, x.dtype, x.shape)
     for site in sites:
         site.node.replace_input_with(site.x_index, masked)
     return masked
@@ -181,12 +179,11 @@ def _add(model: ir.Model, site: Site, taken: ir.Value, rows: NDArray[np.float32]
     product = insert(
         model, site.node, "MatMul", [taken, weight], base=f"{site.name}/outliers", after=True
     )
-    operands = [y, product.outputs[0]]
-    total = insert(model, product, "Add", operands, base=f"{y.name}_split", after=True)
-    for result in (product.outputs[0], total.outputs[0]):
-        result.type, result.shape = y.type, y.shape
-    redirect(y, total.outputs[0], keep=[total])
-    move_annotations(y, total.outputs[0])
+    operands = [y, typed(product, y.dtype, y.shape)]
+    add = insert(model, product, "Add", operands, base=f"{y.name}_split", after=True)
+    total = typed(add, y.dtype, y.shape)
+    redirect(y, total, keep=[add])
+    move_annotations(y, total)
 
 
 def row_factors(peaks: NDArray[Any], channels: Indices) -> NDArray[np.float32]:

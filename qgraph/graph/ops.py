@@ -55,8 +55,8 @@ POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool
 
 def dilated_average(node: ir.Node) -> bool:
     """Whether it averages pixels that are apart, which no integer kernel does."""
-    found = node.attributes.get("dilations")
-    return is_op(node, "AveragePool") and found is not None and set(found.as_ints()) != {1}
+    dilations = node.attributes.get("dilations")
+    return is_op(node, "AveragePool") and dilations is not None and set(dilations.as_ints()) != {1}
 
 
 ARITHMETIC = frozenset({"Abs", "Add", "Div", "Max", "Min", "Mul", "Neg", "Pow", "Sqrt", "Sub"})

@@ -76,23 +76,23 @@ def forget_inner_types(proto: onnx.ModelProto, domains: Collection[str]) -> None
     """Drop what `proto` says of inner values, but results of operators of other domains."""
     for graph in _graphs(proto.graph):
         foreign = {n for node in graph.node if node.domain not in domains for n in node.output}
-        kept = [info for info in graph.value_info if info.name in foreign]
-        if len(kept) < len(graph.value_info):
+        theirs = [info for info in graph.value_info if info.name in foreign]
+        if len(theirs) < len(graph.value_info):
             del graph.value_info[:]
-            graph.value_info.extend(kept)
+            graph.value_info.extend(theirs)
 
 
 def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
     """A graph and all the bodies in it."""
-    found = [graph]
+    graphs = [graph]
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                found += _graphs(attribute.g)
+                graphs += _graphs(attribute.g)
             elif attribute.type == onnx.AttributeProto.GRAPHS:
                 for body in attribute.graphs:
-                    found += _graphs(body)
-    return found
+                    graphs += _graphs(body)
+    return graphs
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qgraph.graph.editing import insert
+from qgraph.graph.editing import insert, typed
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,4 @@ class Stored:
             self.model, anchor, "DequantizeLinear", self.parts,
             base=f"{self.base}_dq", attributes=self.attributes,
         )  # fmt: skip
-        result = dq.outputs[0]
-        shape = self.parts[0].shape
-        result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), shape
-        return result
+        return typed(dq, ir.DataType.FLOAT, self.parts[0].shape)
