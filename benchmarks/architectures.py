@@ -1,289 +1,160 @@
-"""Folders of onnxruntime-genai for every architecture that its model builder makes offline.
+"""What becomes of architectures: torch modules, and folders of onnxruntime-genai's model builder.
 
-Weights are random and sizes small: a folder takes a tenth of a second to build, and shows how the
-architecture's graph looks, what states it has, and whether onnxruntime runs it.
+    python -m benchmarks.architectures [--only NAME ...] [--json FILE] [--markdown]
+
+All are small, with random weights. Each row says how many of the layers are quantized and how far
+the signal stands above the error of rounding, by recipe; the worse of onnxruntime with and without
+its optimizations. The table of docs/models.md is the output of `--markdown`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
-import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import onnx_ir as ir
+from numpy.typing import NDArray
 
-from benchmarks.zoo import cached
+import qgraph
+from benchmarks import genai_folders, torch_modules
+from benchmarks.tables import Report, parser
+from benchmarks.variants import must_have_a_verdict, quiet, unaccounted
+from qgraph.io.kv_cache import complete_feed
+from qgraph.io.session import open_session, run
+from qgraph.numerics.noise import decibels
 
-# The builder takes every layer of so many outputs for the last: no other may have them.
-WORDS, WINDOW, MEL_BINS, FRAMES = 320, 16, 16, 3000
+Feeds = Sequence[Mapping[str, NDArray[Any]]]
 
-Settings = dict[str, Any]
-_HEADS: Settings = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-_IDS: Settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_SIZES: Settings = {
-    "vocab_size": WORDS,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "max_position_embeddings": 256,
-    **_HEADS,
-    **_IDS,
-}
-_HEAD: Settings = {"head_dim": 16}
-_GEMMA: Settings = {**_HEAD, "query_pre_attn_scalar": 16}
-_LOCAL: Settings = {
-    "sliding_window": WINDOW,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
-_CONV: Settings = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
-_LINEAR: Settings = {
-    "head_dim": 32,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "full_attention"],
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [2, 1, 1],
-        "partial_rotary_factor": 0.25,
-        "mrope_interleaved": True,
-    },
-}
-_EXPERTS: Settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_IMAGES: Settings = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-_QWEN_IMAGES: Settings = {
-    "depth": 1,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_heads": 2,
-    "out_hidden_size": 64,
-}
+WAYS: Mapping[str, str] = {"dynamic": "cpu", "static": "onnx", "rtn": "onnx"}
+"""The target of each recipe for a torch module; `onnx` quantizes whatever it can."""
+FOLDER_WAYS: Mapping[str, str] = {"dynamic": "cpu", "w8a8": "cpu", "rtn": "cpu"}
+COLUMNS = ("dynamic", "calibrated", "rtn")
+_LEVELS = (False, True)
 
 
-def _text(**settings: Any) -> Settings:
-    return {**_SIZES, **settings}
+@dataclass(frozen=True)
+class Outcome:
+    """What one recipe made of one model.
 
-
-def _mrope(section: list[int]) -> Settings:
-    return {"rope_scaling": {"rope_type": "default", "mrope_section": section}}
-
-
-ARCHITECTURES: Mapping[str, tuple[str, str, Settings]] = {
-    "ernie4.5": ("Ernie4_5ForCausalLM", "Ernie4_5Config", _text(**_HEAD)),
-    "gemma": ("GemmaForCausalLM", "GemmaConfig", _text(**_HEAD)),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _text(**_GEMMA, sliding_window=WINDOW)),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _text(**_GEMMA, **_LOCAL)),
-    "gemma3-vl": (
-        "Gemma3ForConditionalGeneration",
-        "Gemma3Config",
-        {
-            "text_config": _text(**_GEMMA, **_LOCAL),
-            "vision_config": _IMAGES,
-            "mm_tokens_per_image": 4,
-        },
-    ),
-    "gemma4-unified": (
-        "Gemma4UnifiedForConditionalGeneration",
-        "Gemma4UnifiedConfig",
-        {"text_config": _text(**_HEAD, **_LOCAL, global_head_dim=32, num_global_key_value_heads=2)},
-    ),
-    "gpt-oss": (
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        _text(**_HEAD, **_LOCAL, num_local_experts=4, num_experts_per_tok=2),
-    ),
-    "granite": ("GraniteForCausalLM", "GraniteConfig", _text()),
-    "granite-hybrid": (
-        "GraniteMoeHybridForCausalLM",
-        "GraniteMoeHybridConfig",
-        _text(num_local_experts=0, layer_types=["attention"] * 2, shared_intermediate_size=128),
-    ),
-    "hunyuan": ("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", _text(**_HEAD)),
-    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", _text(**_CONV)),
-    "lfm2-moe": (
-        "Lfm2MoeForCausalLM",
-        "Lfm2MoeConfig",
-        _text(**_CONV, **_EXPERTS, num_dense_layers=1),
-    ),
-    "lfm2-vl": (
-        "Lfm2VlForConditionalGeneration",
-        "Lfm2VlConfig",
-        {
-            "text_config": _text(**_CONV, model_type="lfm2"),
-            "vision_config": {**_IMAGES, "model_type": "siglip2_vision_model"},
-        },
-    ),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", _text()),
-    "mistral": ("MistralForCausalLM", "MistralConfig", _text(sliding_window=WINDOW)),
-    "mistral3": (
-        "Mistral3ForConditionalGeneration",
-        "Mistral3Config",
-        {
-            "text_config": _text(**_HEAD, model_type="mistral", sliding_window=None),
-            "vision_config": {**_IMAGES, "model_type": "pixtral"},
-        },
-    ),
-    "nemotron": ("NemotronForCausalLM", "NemotronConfig", _text(head_dim=32)),
-    "olmo": ("OlmoForCausalLM", "OlmoConfig", _text()),
-    "phi": ("PhiForCausalLM", "PhiConfig", _text(num_attention_heads=2)),
-    "phi3": (
-        "Phi3ForCausalLM",
-        "Phi3Config",
-        _text(original_max_position_embeddings=256, sliding_window=WINDOW),
-    ),
-    "phi3-long": (
-        "Phi3ForCausalLM",
-        "Phi3Config",
-        _text(
-            max_position_embeddings=512,
-            original_max_position_embeddings=256,
-            rope_scaling={
-                "rope_type": "longrope",
-                "short_factor": [1.0] * 8,
-                "long_factor": [2.0] * 8,
-            },
-        ),
-    ),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _text()),
-    "qwen2.5-vl": (
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen2_5_VLConfig",
-        {"text_config": _text(**_mrope([2, 3, 3])), "vision_config": _QWEN_IMAGES},
-    ),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _text(**_HEAD)),
-    "qwen3-vl": (
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLConfig",
-        {
-            "text_config": _text(**_HEAD, **_mrope([4, 2, 2])),
-            "vision_config": {**_QWEN_IMAGES, "deepstack_visual_indexes": [0]},
-        },
-    ),
-    "qwen3.5": (
-        "Qwen3_5ForConditionalGeneration",
-        "Qwen3_5Config",
-        {"text_config": _text(**_LINEAR), "vision_config": _QWEN_IMAGES},
-    ),
-    "qwen3.5-moe": (
-        "Qwen3_5MoeForConditionalGeneration",
-        "Qwen3_5MoeConfig",
-        {
-            "text_config": _text(**_LINEAR, **_EXPERTS, shared_expert_intermediate_size=32),
-            "vision_config": _QWEN_IMAGES,
-        },
-    ),
-    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", _text()),
-    "whisper": (
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {
-            "vocab_size": WORDS,
-            "d_model": 64,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 128,
-            "decoder_ffn_dim": 128,
-            "num_mel_bins": MEL_BINS,
-            "max_source_positions": FRAMES // 2,
-            "max_target_positions": 64,
-            **_IDS,
-            "decoder_start_token_id": 1,
-        },
-    ),
-}
-"""Class of the model in transformers, class of its configuration, and settings of that.
-
-Left out are those whose code is not in transformers (ChatGLM, InternLM2, Phi-3-small, Phi-3-vision,
-Phi-4-multimodal, LFM2-Audio, VideoChat-Flash), Phi-MoE, for which this builder fails, and Gemma 4
-with experts, whose activation onnxruntime does not run on a CPU.
-"""
-
-
-def folder(name: str, *options: str) -> Path:
-    """The folder of an architecture, built once for its settings.
-
-    Args:
-        options: of the builder, such as `exclude_embeds=true`.
+    Attributes:
+        compiled: the result.
+        outputs: what it computes, without onnxruntime's optimizations and with them.
+        signal: dB over the error, of the worse of both.
+        silent: layers that have no verdict.
+        layers: how many ought to have one.
     """
-    said = json.dumps([ARCHITECTURES[name], WORDS, options])
-    entry = f"architecture-{name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
-    return cached(entry, lambda out: _build(name, out, options))
+
+    compiled: qgraph.CompiledModel
+    outputs: tuple[list[NDArray[Any]], ...]
+    signal: float
+    silent: list[str]
+    layers: int
+
+    @property
+    def quantized(self) -> int:
+        """How many layers are quantized."""
+        return sum(r.kind == "quantized" for r in self.compiled.remarks.verdicts().values())
 
 
-def data(name: str, samples: int, length: int) -> dict[str, npt.NDArray[Any]]:
-    """Random input of an architecture: tokens, and what else it needs."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(3, WORDS, (samples, length))
-    if name != "whisper":
-        return {"input_ids": ids}
-    audio = rng.standard_normal((samples, MEL_BINS, FRAMES)).astype(np.float32)
-    return {"input_ids": ids.astype(np.int32), "audio_features": audio}
+def traced(example: torch_modules.Example) -> ir.Model:
+    """The module as `trace` captures it."""
+    feed = example.feeds(1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # caches that are left out
+        return qgraph.trace(example.module, feed, dict(example.free))
 
 
-def _build(name: str, out: Path, options: tuple[str, ...]) -> None:
-    from onnxruntime_genai.models import builder
-
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
-        _checkpoint(name, Path(scratch) / "hf")
-        where = (None, str(Path(scratch) / "hf"), str(out), "fp32", "cpu", str(Path(scratch) / "c"))
-        settings = builder.parse_extra_options(*where, ["hf_token=false", *options])
-        _repair(name, settings["hf_details"]["hf_config"])
-        builder.create_model(*where, **settings)
-
-
-def _checkpoint(name: str, out: Path) -> None:
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models
-
-    model_class, config_class, settings = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**settings)
-    model = getattr(transformers, model_class)(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:  # transformers' own are so small that layers hardly matter
-                weight.normal_(std=0.8 / weight.shape[-1] ** 0.5)
-    model.save_pretrained(out)
-    words = models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0")
-    tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=Tokenizer(words), bos_token="w1", eos_token="w2", pad_token="w0"
+def outcome(model: ir.Model, recipe: str, target: str, feeds: Feeds) -> Outcome:
+    """Compile `model`, run it on the first of `feeds`, and compare it with what it was."""
+    feed = complete_feed(model, feeds[0])
+    want = run(open_session(model, optimized=False), feed)
+    with quiet():
+        compiled = qgraph.compile(model, recipe, list(feeds), target=target)
+    outputs = tuple(run(open_session(compiled.model, optimized=level), feed) for level in _LEVELS)
+    wanted = must_have_a_verdict(model)
+    return Outcome(
+        compiled,
+        outputs,
+        min(signal(want, got) for got in outputs),
+        unaccounted(wanted, compiled.remarks),
+        len(wanted),
     )
-    tokenizer.save_pretrained(out)
 
 
-def _repair(name: str, config: Any) -> None:
-    """What the builder reads where transformers 5 no longer has it."""
-    for part in (config, getattr(config, "text_config", config)):
-        rope = getattr(part, "rope_parameters", None) or {}
-        if name.startswith("gemma4"):
-            part.allow_global_per_layer_attribute_access = True
-            part.head_dim, part.global_head_dim, part.num_global_key_value_heads = 16, 32, 2
-        elif "full_attention" in rope:
-            theta, local = (rope[f"{kind}_attention"]["rope_theta"] for kind in ("full", "sliding"))
-            part.rope_parameters = {"rope_type": "default", "rope_theta": theta, **rope}
-            part.rope_theta, part.rope_local_base_freq = theta, local
-        elif rope.get("rope_type") == "longrope":
-            rope["type"] = "longrope"
+def signal(want: Sequence[NDArray[Any]], got: Sequence[NDArray[Any]]) -> float:
+    """dB of the middle token (or pixel row) of the worst output of floats.
+
+    Not of all: a few tokens go to other experts, and have nothing in common then.
+    """
+    found = [np.inf]
+    for w, g in zip(want, got, strict=True):
+        if w.dtype.kind != "f" or not w.size or w.shape != g.shape:
+            continue
+        of_signal, of_noise = (np.square(x, dtype=np.float64).sum(-1) for x in (w, w - g))
+        alive = of_signal > 0
+        if alive.any():
+            found.append(decibels(1.0, float(np.median(of_noise[alive] / of_signal[alive]))))
+    return min(found)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+def cases() -> Iterator[tuple[str, str]]:
+    """Kind and name of every architecture."""
+    for kind, names in torch_modules.KINDS.items():
+        yield from ((kind, name) for name in names)
+    yield from (("folder", name) for name in genai_folders.ARCHITECTURES)
+
+
+def loaded(kind: str, name: str) -> tuple[ir.Model, Feeds]:
+    """A model by kind and name, and data for it."""
+    if kind == "folder":
+        data = genai_folders.data(name, 4, 24)
+        feeds = [{key: array[i : i + 1] for key, array in data.items()} for i in range(4)]
+        return qgraph.load(genai_folders.folder(name)), feeds
+    example = torch_modules.example(name)
+    return traced(example), example.feeds(4)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", nargs="+", metavar="NAME", help="these architectures")
+    given = arguments.parse_args()
+    columns = [
+        f"{recipe}{what}" for recipe in ("dynamic", "calibrated", "rtn") for what in ("", " dB")
+    ]
+    report = Report(
+        "Layers quantized of all, and signal over error",
+        ("architecture", "kind", *columns),
+        {name: ".0f" for name in columns if name.endswith("dB")},
+    )
+    for kind, name in cases():
+        if given.only is None or name in given.only:
+            report.add({"architecture": name, "kind": kind, **_cells(kind, name)})
+    report.show(given)
+
+
+def _cells(kind: str, name: str) -> dict[str, Any]:
+    """The columns of one row; what fails says why."""
+    cells: dict[str, Any] = {}
+    ways = FOLDER_WAYS if kind == "folder" else WAYS
+    try:
+        model, feeds = loaded(kind, name)
+    except Exception as error:
+        return {COLUMNS[0]: str(error).splitlines()[0]}
+    for column, (recipe, target) in zip(COLUMNS, ways.items(), strict=True):
+        try:
+            found = outcome(model, recipe, target, feeds)
+        except Exception as error:
+            cells[column] = str(error).splitlines()[0]
+            continue
+        cells[column] = f"{found.quantized} of {found.layers}"
+        cells[f"{column} dB"] = found.signal
+        if found.silent:
+            cells[column] += f", {len(found.silent)} without a verdict"
+    return cells
+
+
+if __name__ == "__main__":
+    main()

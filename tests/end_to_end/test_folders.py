@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qgraph
-from benchmarks import architectures
+from benchmarks import genai_folders
 from benchmarks.generation import greedy, load
 from qgraph.graph.reading import is_op, node_name, nodes
 from qgraph.io.kv_cache import complete_feed
@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("transformers")
 
 CALIBRATED = ("gptq", "awq", "smoothquant", "llm-int8", "zeroquant", "w8a8")
-NAMES = sorted(architectures.ARCHITECTURES)
+NAMES = sorted(genai_folders.ARCHITECTURES)
 SIGNAL = {"qwen3.5": 13.0, "qwen3.5-moe": 13.0}
 """dB of the logits where 19 are too many: a random recurrence carries errors along."""
 
@@ -57,8 +57,8 @@ def generated(folder: Path, feed: dict[str, np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_compiles_runs_and_generates(name: str, tmp_path: Path) -> None:
-    source = architectures.folder(name)
-    data = architectures.data(name, 4, 24)
+    source = genai_folders.folder(name)
+    data = genai_folders.data(name, 4, 24)
     np.savez(tmp_path / "c.npz", **data)  # type: ignore[arg-type]
     feed: dict[str, Any] = {key: array[:1] for key, array in data.items()}
     model = qgraph.load(source)
@@ -89,12 +89,12 @@ def test_a_folder_compiles_runs_and_generates(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["gemma3", "lfm2", "qwen3.5", "whisper"])
 @pytest.mark.slow
 def test_every_recipe_on_every_kind_of_state(name: str, recipe: str, tmp_path: Path) -> None:
-    data = architectures.data(name, 4, 24)
+    data = genai_folders.data(name, 4, 24)
     np.savez(tmp_path / "c.npz", **data)  # type: ignore[arg-type]
-    compiled = qgraph.compile(architectures.folder(name), recipe, tmp_path / "c.npz")
+    compiled = qgraph.compile(genai_folders.folder(name), recipe, tmp_path / "c.npz")
     feed = {key: array[:1] for key, array in data.items()}
     want = run(
-        open_session(qgraph.load(architectures.folder(name))), complete_feed(compiled.model, feed)
+        open_session(qgraph.load(genai_folders.folder(name))), complete_feed(compiled.model, feed)
     )
     assert decibels(want[0], compiled(**feed)[0]) > 15
 
@@ -102,8 +102,8 @@ def test_every_recipe_on_every_kind_of_state(name: str, recipe: str, tmp_path: P
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt-oss"])
 def test_a_prompt_longer_than_the_window_is_read_in_one_as_in_two(name: str) -> None:
     """An empty windowed cache changes nothing: all tokens at once, or the last one after them."""
-    model = qgraph.load(architectures.folder(name))
-    ids = architectures.data(name, 2, 3 * architectures.WINDOW)["input_ids"]
+    model = qgraph.load(genai_folders.folder(name))
+    ids = genai_folders.data(name, 2, 3 * genai_folders.WINDOW)["input_ids"]
     session = open_session(model)
     names = [str(output.name) for output in model.graph.outputs]
     whole = run(session, complete_feed(model, {"input_ids": ids}))
@@ -121,7 +121,7 @@ def test_a_prompt_longer_than_the_window_is_read_in_one_as_in_two(name: str) -> 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "lfm2-moe", "qwen3.5-moe"])
 def test_experts_stay_float_and_that_is_said(name: str) -> None:
-    compiled = qgraph.compile(architectures.folder(name), "dynamic")
+    compiled = qgraph.compile(genai_folders.folder(name), "dynamic")
     experts = [r for r in compiled.remarks.verdicts().values() if r.op == "MoE"]
     assert experts
     assert all(r.kind == "float" and "experts" in r.message for r in experts)
@@ -129,7 +129,7 @@ def test_experts_stay_float_and_that_is_said(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma3-vl", "lfm2-vl", "qwen2.5-vl", "qwen3-vl"])
 def test_a_decoder_that_is_given_embeddings(name: str) -> None:
-    folder = architectures.folder(name, "exclude_embeds=true")
+    folder = genai_folders.folder(name, "exclude_embeds=true")
     rng = np.random.default_rng(0)
     feeds = [{"inputs_embeds": rng.standard_normal((1, 12, 64)).astype(np.float32)}] * 2
     compiled = qgraph.compile(folder, "w8a8", feeds)
