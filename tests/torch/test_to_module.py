@@ -365,6 +365,21 @@ def test_matmul_nbits(bits: int, zeros: str | None, level: int) -> None:
     agree(model, feed, 2e-6 if level == 0 else 2e-2)
 
 
+@pytest.mark.parametrize("quant_type", [0, 1])
+def test_levels_of_bnb4_are_those_of_onnxruntime_to_the_last_bit(quant_type: int) -> None:
+    codes = np.arange(0, 16, dtype=np.uint8).reshape(8, 2)
+    model, feed = one(
+        "MatMulBnb4",
+        [np.eye(16, dtype=np.float32), codes[:, 0] << 4 | codes[:, 1], np.ones(1, np.float32)],
+        weights=(1, 2),
+        K=16,
+        N=1,
+        block_size=16,
+        quant_type=quant_type,
+    )
+    np.testing.assert_array_equal(*both(model, feed))
+
+
 def _ids(*shape: int, below: int = 7) -> Array:
     return RNG(shape).integers(0, below, shape).astype(np.int32)
 
