@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +20,7 @@ from qgraph.graph.reading import input_of
 from qgraph.numerics.stats import Stats, Wanted
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.pipeline.target import largest_value
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Calibrate(Pass):
             redirect(node.outputs[0], value)
             model.graph.remove(node, safe=True)
         undeclare_unused(model)
+        _warn_of_large_values(stats, context)
         return True
 
     def _stats(
@@ -83,6 +86,18 @@ class Calibrate(Pass):
             why = f"the statistics cannot be kept in {file.parent}: {error.strerror}"
             context.remark("warning", self.name, "", "", why)
         return stats
+
+
+def _warn_of_large_values(stats: Mapping[str, Stats], context: Context) -> None:
+    """Values that come near the end of the target's floats."""
+    limit = largest_value(context.target)
+    for name, found in stats.items():
+        peak = max(abs(found.low), abs(found.high)) if found.count else 0.0
+        if peak > limit:
+            why = (
+                f"values reach beyond {limit:g}, near the end of float16: use a target of bfloat16"
+            )
+            context.remark("warning", Calibrate.name, name, "", why, peak=peak)
 
 
 def _observed(node: ir.Node) -> str:

@@ -28,6 +28,7 @@ from qgraph.graph.sites import Site, only_user
 from qgraph.numerics.spec import PerTensor
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.pipeline.target import half_floats
 
 Indices = NDArray[np.int64]
 HUSH = np.float32(2.0**24)
@@ -50,7 +51,8 @@ class SplitOutliers(Pass):
 
     Hushing means dividing by 2^24, absorbed in the constants that make x (norm weights, the columns
     of the product before: :mod:`qgraph.graph.flow.absorption`), which the small product multiplies
-    back; where no constant can take it, x is multiplied by a mask of zeros and ones.
+    back; where no constant can take it, or the target may compute in float16, x is multiplied by a
+    mask of zeros and ones.
 
     Outliers in channels that were quiet in calibration are not lost: the token's own scale grows
     with them, as it does without this pass. That costs the precision of that token, no more.
@@ -112,6 +114,8 @@ class SplitOutliers(Pass):
         hush[channels] = HUSH
         taken = _take(model, x, channels, quantized[0].node)
         route = absorption(x, [taken, *(site.node for site in sites)])
+        if half_floats(context.target):  # there, what is hushed is lost
+            route = None
         if route is not None and _carries(route, hush):
             divide(model, route, hush)
             hushed, rows_gain = x, HUSH

@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qgraph.api import compile, prepare_qat
+    from qgraph.api import compile, load_module, prepare_qat
     from qgraph.compiled import CompiledModel
     from qgraph.errors import QGraphError
     from qgraph.graph.annotation import Stage
@@ -37,6 +37,7 @@ _HOME = {
     "Remarks": "pipeline.remarks",
     "QGraphError": "errors",
     "load": "io.models",
+    "load_module": "api",
     "Contract": "pipeline.pass_manager",
     "Pass": "pipeline.pass_manager",
     "PassManager": "pipeline.pass_manager",
@@ -74,6 +75,7 @@ __all__ = [
     "Verdict",
     "compile",
     "load",
+    "load_module",
     "prepare_qat",
     "to_text",
     "trace",

@@ -22,7 +22,7 @@ from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import PassManager
 from qgraph.pipeline.progress import Progress, silent
 from qgraph.pipeline.remarks import Remarks
-from qgraph.pipeline.target import Purpose, Target
+from qgraph.pipeline.target import TARGET, Purpose, Target
 from qgraph.pipeline.verify import undefined
 from qgraph.recipes import get_recipe
 from qgraph.recipes.recipe import Recipe
@@ -110,7 +110,29 @@ def compile(
         result, context.remarks, recipe=chosen.name, target=aim.name, source=source
     )
     compiled.open_session = aim.open_session
+    compiled.to_module = getattr(aim, "to_module", None)
     return compiled
+
+
+def load_module(path: str | Path, device: Any = "cpu") -> torch.nn.Module:
+    """A compiled model that was saved, as a torch module: that of `compiled.module`.
+
+    Args:
+        path: of a file that was compiled for a target with torch modules, such as `cuda`.
+        device: where to put it.
+
+    Raises:
+        QGraphError: there is no such file or device, or it was compiled for another target.
+    """
+    model = load(path)
+    name = model.metadata_props.get(TARGET)
+    if name is None:
+        raise ModelError(f"{path} was not compiled for torch: compile it with target cuda")
+    from qgraph.torch.calls import checked_device
+
+    checked = checked_device(device)
+    module: torch.nn.Module = get_target(name).to_module(model)  # type: ignore[attr-defined]
+    return module.to(checked)
 
 
 def prepare_qat(

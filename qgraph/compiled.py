@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from qgraph.io.session import OpenSession, open_session
 from qgraph.pipeline.remarks import Remarks
 
 if TYPE_CHECKING:
+    import torch
+
     from qgraph.report.bench import Result
 
 
@@ -33,6 +35,7 @@ class CompiledModel:
         recipe, target: names of what it was compiled with.
         source: the float model it came from, or None.
         open_session: how its target opens sessions; `compile` puts that here.
+        to_module: how its target makes a torch module of it, None if it does not.
     """
 
     def __init__(
@@ -50,11 +53,23 @@ class CompiledModel:
         self.recipe = recipe
         self.target = target
         self.open_session: OpenSession = open_session
+        self.to_module: Callable[[ir.Model], torch.nn.Module] | None = None
 
     @cached_property
     def session(self) -> Any:
         """The `onnxruntime.InferenceSession` behind calls, opened on first use."""
         return self.open_session(self.model)
+
+    @cached_property
+    def module(self) -> torch.nn.Module:
+        """The model as a torch module, made on first use; it takes the inputs in their order.
+
+        Raises:
+            QGraphError: the target makes none, or torch cannot run the model.
+        """
+        if self.to_module is None:
+            raise QGraphError(f"target '{self.target}' makes no torch modules: compile for cuda")
+        return self.to_module(self.model)
 
     @cached_property
     def _complete(self) -> Completer:
@@ -66,7 +81,9 @@ class CompiledModel:
         return {str(v.name): v for v in self.model.graph.inputs} | self._complete.data
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model.
+        """Run the model, as its module where its target makes one and tensors are given.
+
+        The module runs where the tensors are, and moves there.
 
         Args:
             *args: inputs in the model's order, or one dict by input name.
@@ -83,6 +100,11 @@ class CompiledModel:
         named = self._named(args, kwargs)
         torch = sys.modules.get("torch")
         tensors = torch is not None and any(isinstance(v, torch.Tensor) for v in named.values())
+        if tensors and self.to_module is not None:
+            from qgraph.torch.calls import call
+
+            results = call(self.module, self.model, self._complete, named)
+            return results[0] if len(results) == 1 else results
         types = {name: value.dtype for name, value in self._takes.items()}
         feed = self._complete({k: _array(k, v, types[k]) for k, v in named.items()})
         if (lacking := self._complete.lacking(feed, named)) is not None:

@@ -9,7 +9,9 @@ from qgraph.pipeline.target import Purpose
 __all__ = ["TARGETS", "CudaTarget", "describe", "make"]
 
 TARGETS = (
-    ("cuda", "torch modules with int8 kernels for NVIDIA GPUs; the rest as the model has it"),
+    ("cuda", "torch modules with int8 kernels for NVIDIA GPUs; floats in the model's own type"),
+    ("cuda:f16", "the same, with what stays float multiplied in float16"),
+    ("cuda:bf16", "the same, in bfloat16"),
 )
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from qgraph.backends.cuda.lowering import lower_to_functions
+from qgraph.backends.cuda.precision import narrow_products, without_casts
+from qgraph.errors import ModelError
 from qgraph.graph.ops import lowest_value
 from qgraph.graph.sites import Site
 from qgraph.io.session import open_session
 from qgraph.numerics.spec import PerAxis, PerBlock, PerToken, QuantSpec
 from qgraph.numerics.tokens import token_grid
-from qgraph.pipeline.target import Verdict
+from qgraph.pipeline.target import TARGET, Verdict
+
+if TYPE_CHECKING:
+    import torch
 
 _ELSEWHERE = {
     "conv": "convolutions have no int8 kernel here: target cpu has them, with recipe static",
@@ -22,6 +29,11 @@ _ELSEWHERE = {
     "activations": "products of two computed values have no int8 kernel",
 }
 """Why other kinds of sites stay float, and what takes them."""
+PRECISIONS = {"cuda": None, "cuda:f16": ir.DataType.FLOAT16, "cuda:bf16": ir.DataType.BFLOAT16}
+"""The targets, and the type in which each multiplies what stays float."""
+FORMAT = "1"
+_FORMAT = "qgraph.format"
+"""Where a lowered model says so, in `metadata_props`."""
 _BY_TOKEN = "recipes w8a8, smoothquant, llm-int8, zeroquant and dynamic give scales by token"
 
 
@@ -36,8 +48,20 @@ class CudaTarget:
     name: str = "cuda"
     saturates: bool = False
     measured: bool = False
+    half_floats: bool = True
+    """Modules of Hugging Face take layers in their own type, often float16."""
 
     open_session = staticmethod(open_session)
+
+    @property
+    def precision(self) -> ir.DataType | None:
+        """Type of the float products that are left; None: the model's own."""
+        return PRECISIONS[self.name]
+
+    @property
+    def largest(self) -> float:
+        """With some room below 65504, where float16 ends."""
+        return 60000.0 if self.precision == ir.DataType.FLOAT16 else math.inf
 
     def supports(self, site: Site, activation: QuantSpec | None, weight: QuantSpec) -> Verdict:
         why = _lacking(site, activation, weight)
@@ -47,7 +71,27 @@ class CudaTarget:
         return False
 
     def legalize(self, model: ir.Model) -> bool:
-        return lower_to_functions(model)
+        lower_to_functions(model)
+        if self.precision is not None:
+            narrow_products(model, self.precision)
+        model.metadata_props.update({TARGET: self.name, _FORMAT: FORMAT})
+        return True
+
+    def to_module(self, model: ir.Model) -> torch.nn.Module:
+        if (found := model.metadata_props.get(_FORMAT)) != FORMAT:
+            raise ModelError(
+                f"the model is of format {found} of target cuda, and this qgraph reads {FORMAT}: "
+                "compile it again"
+            )
+        from qgraph.backends.cuda.modules import Compiled, layers
+        from qgraph.torch.ops.types import torch_dtype
+        from qgraph.torch.to_module import raise_model  # which says it where torch is missing
+
+        precision = None
+        if self.precision is not None:
+            precision, model = torch_dtype(self.precision), without_casts(model)
+        raised = raise_model(model, layers(precision))
+        return Compiled(raised, raised.graph, precision).eval().requires_grad_(False)
 
 
 def _lacking(site: Site, activation: QuantSpec | None, weight: QuantSpec) -> str | None:

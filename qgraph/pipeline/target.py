@@ -10,9 +10,13 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
     import onnxruntime
+    import torch
 
     from qgraph.graph.sites import Site
     from qgraph.numerics.spec import QuantSpec
+
+TARGET = "qgraph.target"
+"""Where models that run as torch modules name their target, in `metadata_props`."""
 
 Purpose = Literal["prompt", "decode", "both"]
 """Which runs of a language model decide between lowerings: `optimize_for`."""
@@ -85,3 +89,38 @@ class Target(Protocol):
             ModelError: the runtime refuses the model; the message holds its reason.
         """
         ...
+
+
+class TorchTarget(Target, Protocol):
+    """A backend whose results run as torch modules, too.
+
+    Attributes:
+        half_floats: they may be moved to float16, whose smallest numbers are 6e-8: no factor may
+            make values that count so small.
+        largest: magnitude that values should not exceed for their floats; infinite for wide ones.
+    """
+
+    @property
+    def half_floats(self) -> bool: ...
+
+    @property
+    def largest(self) -> float: ...
+
+    def to_module(self, model: ir.Model) -> torch.nn.Module:
+        """The lowered model as a module that takes its inputs in their order.
+
+        Raises:
+            ModelError: torch is missing or has no counterpart for an operator, or the model is
+                damaged.
+        """
+        ...
+
+
+def half_floats(target: Target) -> bool:
+    """Whether results for this target may run in float16, see :class:`TorchTarget`."""
+    return bool(getattr(target, "half_floats", False))
+
+
+def largest_value(target: Target) -> float:
+    """What values should not exceed on this target, see :class:`TorchTarget`."""
+    return float(getattr(target, "largest", "inf"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from typing import Any
 
@@ -16,8 +16,9 @@ _SPECIAL = ("Constant", "Identity", "If", "Loop", "Scan")
 _NOT_TENSORS = (ir.SequenceType, ir.OptionalType)
 
 
-def uncovered(model: ir.Model) -> list[str]:
-    """What of the model has no counterpart in torch, sorted; functions of the model excluded."""
+def uncovered(model: ir.Model, layers: Container[tuple[str, str]] = ()) -> list[str]:
+    """What of the model has no counterpart in torch, sorted; functions of the model excluded, and
+    operators that `layers` names."""
     problems = set()
     for graph in model.graphs():
         for value in (*graph.inputs, *graph.initializers.values()):
@@ -26,6 +27,8 @@ def uncovered(model: ir.Model) -> list[str]:
         for node in graph:
             if operator_key(node) == ("", "Scan") and model.opset_imports.get("", 1) < 9:
                 problems.add("Scan of opset 8")
+            elif operator_key(node) in layers:
+                continue
             elif problem := _unknown(node):
                 name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
                 problems.add(name + problem if problem != "." else name)

@@ -12,7 +12,7 @@ from torch import nn
 
 from qgraph.graph.names import numbered
 from qgraph.graph.provenance import layer
-from qgraph.graph.reading import MICROSOFT, is_op, unmap
+from qgraph.graph.reading import MICROSOFT, is_op, node_name, unmap
 from qgraph.torch.coverage import operator_key
 from qgraph.torch.ops.types import torch_dtype
 
@@ -75,6 +75,12 @@ class Parameters:
         self.root.add_module(path, body)
         return path
 
+    def add_layer(self, node: ir.Node, module: nn.Module) -> str:
+        """Hold the module that a node became: where, at its layer's place if that is free."""
+        path = self._free(layer(node) or node_name(node))
+        hold(self.root, path, module)
+        return path
+
     def _path(self, value: ir.Value, trains: bool) -> str:
         """Where the weight goes in the module: dots lead into submodules."""
         name = str(value.name or "constant")
@@ -82,9 +88,24 @@ class Parameters:
             user = next((node for node, _ in _uses(value) if layer(node)), None)
             if user is not None:
                 name = f"{layer(user)}.{_role(user, value)}"
+        return self._free(name)
+
+    def _free(self, name: str) -> str:
+        """A dotted path as modules can have it, where nothing lies yet."""
         parts = [re.sub(r"\W", "_", part) or "_" for part in name.strip(".").split(".")]
-        parts = [f"{part}_" if hasattr(nn.Module, part) else part for part in parts]
-        return numbered(".".join(parts), self.taken)
+        wished = ".".join(f"{part}_" if hasattr(nn.Module, part) else part for part in parts)
+        path = numbered(wished, self.taken)
+        while _find(self.root, path) is not None:
+            path = numbered(wished, self.taken)
+        return path
+
+
+def _find(root: nn.Module, path: str) -> object:
+    """What lies at a dotted path, None if nothing does."""
+    found: object = root
+    for step in path.split("."):
+        found = getattr(found, step, None)
+    return found
 
 
 def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
@@ -100,14 +121,16 @@ def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
     return torch.from_numpy(data)
 
 
-def hold(root: nn.Module, path: str, data: torch.Tensor) -> None:
-    """Put a parameter or a buffer at a dotted path, making the modules that lead there."""
+def hold(root: nn.Module, path: str, data: torch.Tensor | nn.Module) -> None:
+    """Put a tensor or a module at a dotted path, making the modules that lead there."""
     *modules, name = path.split(".")
     for step in modules:
         if not hasattr(root, step):
             root.add_module(step, nn.Module())
         root = getattr(root, step)
-    if isinstance(data, nn.Parameter):
+    if isinstance(data, nn.Module):
+        root.add_module(name, data)
+    elif isinstance(data, nn.Parameter):
         root.register_parameter(name, data)
     else:
         root.register_buffer(name, data)

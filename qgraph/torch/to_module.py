@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,12 @@ from qgraph.torch.parameters import Parameters
 NODE, VALUE, WEIGHTS = "qgraph.node", "qgraph.value", "qgraph.weights"
 """Keys in `meta` of fx nodes and modules, for the functions below alone."""
 
+Layers = Mapping[tuple[str, str], Callable[[ir.Node], nn.Module]]
+"""Operators (domain, name) that become modules: what makes one of a node. It holds the constants
+among the node's inputs, and takes the others."""
 
-def raise_model(model: ir.Model) -> fx.GraphModule:
+
+def raise_model(model: ir.Model, layers: Layers | None = None) -> fx.GraphModule:
     """The model as a torch module.
 
     `forward` takes the model's inputs in their order, tensors of the types that the model states;
@@ -54,25 +58,27 @@ def raise_model(model: ir.Model) -> fx.GraphModule:
 
     Args:
         model: of opset 11 or newer, left as it is.
+        layers: operators that become modules, functions of the model among them.
 
     Raises:
         ModelError: torch has no counterpart for some operators; the message names all of them.
     """
-    flat = _inlined(model)
-    if missing := uncovered(flat):
+    layers = layers or {}
+    flat = _inlined(model, layers)
+    if missing := uncovered(flat, layers):
         raise ModelError(
             f"torch cannot run {', '.join(missing)}: take these operators out of the model"
         )
-    raised = _Translation(flat, flat.graph, None).module()
+    raised = _Translation(flat, flat.graph, None, layers).module()
     assert isinstance(raised, fx.GraphModule)
     return raised
 
 
-def _inlined(model: ir.Model) -> ir.Model:
+def _inlined(model: ir.Model, layers: Layers) -> ir.Model:
     """A copy without calls of functions; weights are shared with the original."""
-    copy = model.clone()
+    copy, known = model.clone(), OPERATORS.keys() | layers.keys()
     if copy.functions:
-        InlinePass(lambda function: (function.domain, function.name) not in OPERATORS)(copy)
+        InlinePass(lambda function: (function.domain, function.name) not in known)(copy)
     return copy
 
 
@@ -140,8 +146,10 @@ def _replace(value: ir.Value, tensor: ir.TensorProtocol) -> None:
 class _Translation:
     """One graph, or one body of a control-flow operator, on its way to a module."""
 
-    def __init__(self, model: ir.Model, source: ir.Graph, outer: _Translation | None) -> None:
-        self.model, self.source, self.outer = model, source, outer
+    def __init__(
+        self, model: ir.Model, source: ir.Graph, outer: _Translation | None, layers: Layers
+    ) -> None:
+        self.model, self.source, self.outer, self.layers = model, source, outer, layers
         self.graph, self.parameters = fx.Graph(), Parameters()
         self.nodes: dict[ir.Value, fx.Node] = {}
         self.captured: list[ir.Value] = []
@@ -226,6 +234,8 @@ class _Translation:
             return
         if is_op(node, "If", "Loop", "Scan"):
             call, several = self._control(node), True
+        elif operator_key(node) in self.layers:
+            call, several = self._layer(node), len(node.outputs) > 1
         else:
             call, several = self._call(node)
         set_onnx_node(call, node_name(node))
@@ -265,6 +275,11 @@ class _Translation:
         if "types" in known:
             settings["types"] = [0 if v is None else int(v.dtype or 0) for v in node.inputs]
         return self._called(node, function, tuple(arguments), settings), several
+
+    def _layer(self, node: ir.Node) -> fx.Node:
+        path = self.parameters.add_layer(node, self.layers[operator_key(node)](node))
+        given = [v for v in node.inputs if v is not None and constant(v) is None]
+        return self.graph.call_module(path, tuple(map(self.value, given)))
 
     def _argument(self, value: ir.Value | None, steers: bool) -> Any:
         if value is None:
@@ -317,7 +332,7 @@ class _Translation:
 
     def _body(self, node: ir.Node, name: str) -> tuple[fx.Node, list[fx.Node]]:
         """A body as a submodule, and what it captures, as nodes here."""
-        inner = _Translation(self.model, node.attributes[name].as_graph(), self)
+        inner = _Translation(self.model, node.attributes[name].as_graph(), self, self.layers)
         module = inner.module()
         path = self.parameters.add_body(name, module)
         return self.graph.get_attr(path), [self.value(value) for value in inner.captured]
