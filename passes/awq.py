@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.calibration.capture import Rows, captured, first_feeds
+from qgraph.calibration.capture import Capture, Rows, first_feeds
 from qgraph.calibration.resume import Resumable
 from qgraph.errors import check_counts
 from qgraph.graph.annotation import (
@@ -95,15 +95,14 @@ class AWQ(Pass):
         if not routes:
             return False
 
-        def search(capture: tuple[ir.Value, Rows]) -> Arrays:
-            x, tokens = capture
-            return self._search(groups[x], routes[x], tokens, context)
+        def search(x: ir.Value) -> Arrays:
+            return self._search(groups[x], routes[x], capture.tokens(x), context)
 
         resumable = Resumable.of(self, model, first_feeds(context), context)
-        work = captured(model, list(routes), context, TOKENS)
-        progress = context.progress(work, "scaling weights", len(routes))
+        capture = Capture(model, list(routes), context, TOKENS)
+        progress = context.progress(list(routes), "scaling weights", len(routes))
         changed = False
-        for (x, _), factors in resumable.steps(progress, search):
+        for x, factors in resumable.steps(progress, search):
             changed |= self._scale(model, groups[x], routes[x], factors, context)
         if changed:
             remove_dead(model)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qgraph.calibration.collect import collect, reductions
 from qgraph.calibration.data import NEEDED_OR_DYNAMIC, UNREACHED
-from qgraph.calibration.resume import key, read_stats, write_stats
+from qgraph.calibration.resume import ANEW, DamagedError, key, read_stats, write_stats
 from qgraph.errors import CalibrationError
 from qgraph.graph.annotation import Stage, set_stats, wanted_of
 from qgraph.graph.editing import redirect
@@ -76,9 +76,13 @@ class Calibrate(Pass):
             return collect(model, probe, wanted, context)
         name = key(self, probe, context.calibration or ())
         file = Path(context.cache) / f"calibration-{name}.npz"
-        stats = read_stats(file, wanted)
-        if stats is not None:
-            return stats
+        try:
+            kept = read_stats(file, wanted)
+        except DamagedError as error:
+            context.remark("warning", self.name, "", "", f"{error}: {ANEW}")
+            kept = None
+        if kept is not None:
+            return kept
         stats = collect(model, probe, wanted, context)
         try:
             write_stats(file, stats)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.calibration.capture import Rows, captured, first_feeds
+from qgraph.calibration.capture import Capture, Rows, first_feeds
 from qgraph.calibration.resume import Resumable
 from qgraph.errors import check_counts
 from qgraph.graph.annotation import Stage, annotated_weight_spec, product_groups
@@ -75,18 +75,18 @@ class ClipWeights(Pass):
         if not groups:
             return False
 
-        def clip(capture: tuple[ir.Value, Rows]) -> Arrays:
-            x, tokens = capture
+        def clip(x: ir.Value) -> Arrays:
+            tokens = capture.tokens(x)
             results = [self._clip(site, tokens, context) for site in groups[x]]
             weights, ratios = zip(*results, strict=True)
             return {**to_arrays(weights), "ratios": np.array(ratios)}
 
         resumable = Resumable.of(self, model, first_feeds(context), context)
-        work = captured(model, list(groups), context, TOKENS)
-        progress = context.progress(work, "clipping weights", len(groups))
+        capture = Capture(model, list(groups), context, TOKENS)
+        progress = context.progress(list(groups), "clipping weights", len(groups))
         # Nothing is rewritten before all has been seen: the data is that of the float model.
         clipped: list[tuple[Site, Quantized]] = []
-        for (x, _), arrays in resumable.steps(progress, clip):
+        for x, arrays in resumable.steps(progress, clip):
             ratios = arrays["ratios"].tolist()
             for site, weight, ratio in zip(groups[x], from_arrays(arrays), ratios, strict=True):
                 assert weight is not None

@@ -19,7 +19,7 @@ import numpy as np
 from qgraph.backends.cpu.case import Case
 from qgraph.backends.cpu.isa import host_isa, host_model
 from qgraph.backends.cpu.probes import build
-from qgraph.io.files import aside
+from qgraph.io.files import aside, read_json
 
 VERSION = 6
 """Raise it when the probes change: tables of other versions are measured anew."""
@@ -75,7 +75,7 @@ class Table:
 def _read(path: Path) -> dict[str, float]:
     """What a table file holds; nothing where it is missing or broken."""
     try:
-        stored = {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
+        stored = {str(k): float(v) for k, v in read_json(path).items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
     return {k: v for k, v in stored.items() if 0 < v < np.inf}

@@ -9,15 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.graph.annotation import settled
 from qgraph.graph.text.printer import fingerprint
 from qgraph.graph.text.tensors import digest
 from qgraph.io.feeds import Feed
-from qgraph.io.files import aside
+from qgraph.io.files import aside, sweep
 from qgraph.numerics.quantized import Arrays
 from qgraph.numerics.stats import Stats
 from qgraph.pipeline.context import Context
@@ -25,6 +25,12 @@ from qgraph.pipeline.progress import Item
 
 OVERHEAD = 0.1
 """Largest share of the time that may go into keeping states."""
+
+
+ANEW = "it is computed anew"
+"""What is said of results of which the cache holds damaged ones."""
+_DIGEST = "qgraph.digest"
+"""The entry with a hash of all others."""
 
 
 class Work(Protocol):
@@ -44,7 +50,8 @@ def key(work: Work, model: ir.Model, feeds: Iterable[Feed], context: Context | N
     """32 hex digits for all that the results of a pass depend on.
 
     That is what it does, in which version and with which parameters; the graph with its weights,
-    specs and statistics; and the data. Weights in files are read in chunks, and none is held.
+    specs and statistics, scales and integers that were found already; and the data. Weights in
+    files are read in chunks, and none is held.
 
     Args:
         context: of results that depend on its seed and on its target; None: they do not.
@@ -52,6 +59,8 @@ def key(work: Work, model: ir.Model, feeds: Iterable[Feed], context: Context | N
     lines = [f"{type(work)} {work!r} {work.version} {Stats.version}", fingerprint(model)]
     if context is not None:
         lines.append(f"{context.seed} {context.target.saturates}")
+    for name, array in settled(model):
+        lines.append(f"{name} {_digest({'': array}).hex()}")
     for index, feed in enumerate(feeds):
         lines += [f"{index} {name} {digest(ir.tensor(x), 16)}" for name, x in sorted(feed.items())]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
@@ -112,7 +121,7 @@ class Resumable:
 
     def result(self, step: int) -> Arrays | None:
         """What was kept of this step, if anything whole was."""
-        return None if self.folder is None else read(self.folder / f"{step}.npz")
+        return self._read(f"{step}.npz")
 
     def keep_result(self, step: int, arrays: Arrays) -> None:
         """Keep what this step has found."""
@@ -120,7 +129,7 @@ class Resumable:
 
     def state(self) -> Arrays | None:
         """The last state that was kept."""
-        return None if self.folder is None else read(self.folder / "state.npz")
+        return self._read("state.npz")
 
     def keep_state(self, arrays: Callable[[], Arrays]) -> None:
         """Keep a state, if enough has happened since the last one."""
@@ -140,6 +149,15 @@ class Resumable:
             why = f"nothing is kept: {self.failure}"
             self.context.remark("warning", self.pass_name, "", "", why)
 
+    def _read(self, name: str) -> Arrays | None:
+        if self.folder is None:
+            return None
+        try:
+            return read(self.folder / name)
+        except DamagedError as error:
+            self.context.remark("warning", self.pass_name, "", "", f"{error}: {ANEW}")
+            return None
+
     def _write(self, name: str, arrays: Arrays) -> None:
         if self.folder is None or self.failure is not None:
             return
@@ -152,13 +170,28 @@ class Resumable:
 # --- files ----------------------------------------------------------------------------------------
 
 
+class DamagedError(Exception):
+    """A file of the cache is not what was written; the message says which."""
+
+
 def read(path: Path) -> Arrays | None:
-    """The arrays in a file, or None where nothing whole is."""
+    """The arrays in a file, or None where there is none.
+
+    Raises:
+        DamagedError: they are not those that were written, or cannot be read.
+    """
+    sweep(path.parent)
+    if not path.exists():
+        return None
     try:
         with path.open("rb") as file, np.load(file) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, EOFError, KeyError, ValueError, BadZipFile):
-        return None
+            arrays = {name: stored[name] for name in stored.files}
+        given = arrays.pop(_DIGEST).tobytes()
+    except Exception as error:  # whatever the damage leads to
+        raise DamagedError(f"{path} cannot be read") from error
+    if given != _digest(arrays):
+        raise DamagedError(f"{path} is not what was written")
+    return arrays
 
 
 def write(path: Path, arrays: Arrays) -> None:
@@ -168,12 +201,27 @@ def write(path: Path, arrays: Arrays) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    signed = {**arrays, _DIGEST: np.frombuffer(_digest(arrays), np.uint8)}
     with aside(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **signed)  # type: ignore[arg-type]
+
+
+def _digest(arrays: Arrays) -> bytes:
+    """A hash of names, types, shapes and data."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, data in sorted(arrays.items()):
+        known = data.dtype.str if data.dtype.kind in "biufc" else data.dtype.itemsize
+        found.update(f"{name} {known} {data.shape} ".encode())
+        found.update(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+    return found.digest()
 
 
 def read_stats(path: Path, names: Collection[str]) -> dict[str, Stats] | None:
-    """What :func:`write_stats` kept of these values, or None where nothing whole is."""
+    """What :func:`write_stats` kept of these values, or None where there is no such file.
+
+    Raises:
+        DamagedError: it is damaged.
+    """
     arrays = read(path)
     if arrays is None:
         return None

@@ -234,6 +234,19 @@ def set_integers(weight: ir.Value, spec: QuantSpec, integers: Quantized) -> None
     weight.meta[INTEGERS] = (spec, integers)
 
 
+def settled(model: ir.Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Scales that training found and integers that weights were rounded to, with a name each."""
+    for graph in graphs(model):
+        constants = graph.initializers.values() if isinstance(graph, ir.Graph) else ()
+        for value in (*graph.inputs, *constants, *(v for node in graph for v in node.outputs)):
+            for part, array in zip(("scale", "zero"), trained_scale(value) or (), strict=False):
+                yield f"{value.name}/{part}", array
+            if (integers := integers_of(value)) is not None:
+                yield f"{value.name}/{integers[0]}", integers[1].q
+                yield f"{value.name}/scales", integers[1].scale
+                yield f"{value.name}/zeros", integers[1].zero
+
+
 # --- stages of a model ---------------------------------------------------------------------------
 
 

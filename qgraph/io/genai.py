@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qgraph.io.files import read_json
 from qgraph.io.models import GENAI_CONFIG, source_files
 
 
@@ -67,7 +67,7 @@ def parts(model: ir.Model) -> tuple[Part | None, Part | None]:
 
 def _parts(folder: Path) -> dict[str, Part]:
     try:
-        config = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
+        config = read_json(folder / GENAI_CONFIG)["model"]
         return {
             name: Part(
                 folder / config[name]["filename"],

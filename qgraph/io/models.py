@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from qgraph.errors import ModelError
 from qgraph.graph.reading import INLINE_BYTES, initializers
 from qgraph.graph.types import to_proto
 from qgraph.io.external_data import in_memory, settle
-from qgraph.io.files import check_writable, same
+from qgraph.io.files import check_writable, read_json, same
 from qgraph.io.publication import publish, stage
 from qgraph.io.session import OpenSession, open_session
 from qgraph.io.soundness import is_sorted, problems
@@ -81,7 +80,7 @@ def _model_in(folder: Path) -> Path:
 
 def _decoder_name(config: Path) -> Path:
     try:
-        name = Path(json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"])
+        name = Path(read_json(config)["model"]["decoder"]["filename"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{config} names no model.decoder.filename: repair it") from error
     if name.is_absolute() or ".." in name.parts:

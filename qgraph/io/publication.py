@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qgraph.io.files import folder_aside, sweep
+from qgraph.io.files import folder_aside, read_json, sweep
 
 _JOURNAL = "moves.json"
 
@@ -69,7 +69,7 @@ def _finish(private: Path) -> None:
     """Remove what is one file too many: before the switch the new ones, after it the stale."""
     journal = private / _JOURNAL
     try:
-        moves = json.loads(journal.read_text(encoding="utf-8"))
+        moves = read_json(journal)
     except (OSError, ValueError):  # nothing was moved
         return
     (staged,) = (path for path in private.iterdir() if path.is_dir())

@@ -35,6 +35,9 @@ Scopes = tuple[set[str], ...]
 
 def problems(model: onnx.ModelProto) -> Iterator[str]:
     """What is wrong with a model, one line each; nodes that are out of order are not wrong."""
+    for imported in model.opset_import:
+        if not 0 < imported.version < 1 << 31:
+            yield f"it imports version {imported.version} of the domain '{imported.domain}'"
     for value in model.graph.input:
         if value.type.HasField("tensor_type") and not value.type.tensor_type.elem_type:
             yield f"input '{value.name}' has no element type"

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -16,7 +17,7 @@ from qgraph.backends.onnx import OnnxTarget
 from qgraph.calibration import collect as collecting
 from qgraph.calibration import resume
 from qgraph.calibration.resume import Resumable, key
-from qgraph.graph.annotation import INTEGERS
+from qgraph.graph.annotation import INTEGERS, set_integers, set_trained_scale
 from qgraph.numerics.quantized import Arrays, Quantized, from_arrays, to_arrays
 from qgraph.numerics.reference import Int
 from qgraph.numerics.spec import PerBlock, QuantSpec
@@ -83,11 +84,36 @@ def test_without_a_folder_nothing_is_kept() -> None:
     assert kept.state() is None
 
 
-def test_what_cannot_be_read_is_not_there(tmp_path: Path) -> None:
+def test_what_is_damaged_is_not_there_and_a_warning(tmp_path: Path) -> None:
     kept = resumable(tmp_path)
-    for content in (b"", b"PK\x03\x04 cut off", b"\x93NUMPY"):
+    assert kept.result(0) is None
+    kept.keep_result(0, {"x": np.arange(4), "empty": np.zeros((0, 2), np.float32)})
+    whole = (tmp_path / "0.npz").read_bytes()
+    kept.keep_result(0, {"x": np.arange(4)})
+    np.savez(tmp_path / "foreign.npz", x=np.arange(4))
+    foreign = (tmp_path / "foreign.npz").read_bytes()
+    changed = whole.replace(np.arange(4).tobytes(), np.arange(1, 5).tobytes())
+    damaged = (b"", b"PK\x03\x04 cut off", b"\x93NUMPY", whole[:-9], foreign, changed)
+    for count, content in enumerate(damaged, 1):
         (tmp_path / "0.npz").write_bytes(content)
         assert kept.result(0) is None
+        assert len(kept.context.remarks.warnings()) == count
+        assert "it is computed anew" in str(kept.context.remarks[-1])
+    (tmp_path / "0.npz").write_bytes(whole)
+    found = kept.result(0)
+    assert found is not None
+    assert list(found) == ["x", "empty"]
+
+
+def test_arrays_of_every_type_come_back(tmp_path: Path) -> None:
+    types = (np.bool_, np.int8, np.float16, np.float32, np.complex64, ml_dtypes.float8_e4m3fn)
+    arrays = {str(i): np.ones((2, 3), type_) for i, type_ in enumerate(types)} | {
+        "0-D": np.array(1)
+    }
+    resume.write(tmp_path / "a.npz", arrays)
+    found = resume.read(tmp_path / "a.npz")
+    assert found is not None
+    assert all(found[name].tobytes() == data.tobytes() for name, data in arrays.items())
 
 
 def test_what_cannot_be_written_is_said_once(tmp_path: Path) -> None:
@@ -210,6 +236,19 @@ def test_all_else_that_counts() -> None:
         PassManager(annotate(rules=(rule,))).run(model, Context(ONNX))
         return model
 
+    def trained(scale: float) -> ir.Model:
+        model = mlp()
+        zero = np.array(0, np.int32)
+        set_trained_scale(model.graph.inputs[0], np.array(scale, np.float32), zero)
+        return model
+
+    def rounded(integer: int) -> ir.Model:
+        model = mlp()
+        q = np.full((16, 32), integer, np.int8)
+        weight = Quantized(q, np.array(1, np.float32), np.array(0, np.int32), None)
+        set_integers(model.graph.initializers["w0"], QuantSpec(), weight)
+        return model
+
     keys = [
         key(GPTQ(), mlp(), [{"x": data}]),
         key(GPTQ(damping=0.2), mlp(), [{"x": data}]),
@@ -228,6 +267,8 @@ def test_all_else_that_counts() -> None:
         key(GPTQ(), mlp(), [{"x": data}], Context(ONNX)),
         key(GPTQ(), mlp(), [{"x": data}], Context(ONNX, seed=1)),
         key(GPTQ(), mlp(), [{"x": data}], Context(OnnxTarget(saturates=False))),
+        *(key(GPTQ(), trained(scale), [{"x": data}]) for scale in (1, 2)),
+        *(key(GPTQ(), rounded(integer), [{"x": data}]) for integer in (1, 2)),
     ]
     assert len(set(keys)) == len(keys)
     assert key(GPTQ(), mlp(), iter([{"x": data.copy()}])) == keys[0]
@@ -289,6 +330,19 @@ def test_an_interrupted_pass_goes_on(work: Pass, tmp_path: Path, fresh: list[str
         assert all(np.array_equal(found[name], data) for name, data in wanted.items())
     assert done
     assert len(done) < len(steps)
+
+
+@pytest.mark.parametrize("work", [AWQ(), ClipWeights(), GPTQ()], ids=lambda work: work.name)
+def test_where_all_is_kept_the_model_does_not_run(
+    work: Pass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt(work, tmp_path)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr("qgraph.calibration.walk.open_session", never)
+    attempt(work, tmp_path)
 
 
 @WORKS

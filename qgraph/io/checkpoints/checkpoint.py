@@ -7,7 +7,8 @@ write them; see :mod:`qgraph.io.checkpoints.packed_layers` for what is in the te
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from qgraph.errors import ModelError
 from qgraph.io.checkpoints.packed_layers import Layer, awq_layer, bnb_layer, gptq_layer
+from qgraph.io.files import read_json
 from qgraph.numerics.reference import Float
 
 Array = NDArray[Any]
@@ -77,16 +79,25 @@ class Checkpoint:
         """The array of that name, in the dtype that it is stored in; bfloat16 of ml_dtypes.
 
         Raises:
-            ModelError: the file cannot be read.
+            ModelError: there is none, or the file cannot be read.
         """
-        with _opened(self.files[name]) as file:
+        with _opened(self._file(name)) as file:
             array: Array = file.get_tensor(name)
         return array
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, which is not read."""
-        with _opened(self.files[name]) as file:
+        """The shape of a tensor, which is not read.
+
+        Raises:
+            ModelError: there is none, or the file cannot be read.
+        """
+        with _opened(self._file(name)) as file:
             return tuple(file.get_slice(name).get_shape())
+
+    def _file(self, name: str) -> Path:
+        if name not in self.files:
+            raise ModelError(f"the checkpoint has no tensor '{name}': download it again")
+        return self.files[name]
 
     def is_quantized(self, module: str) -> bool:
         """Whether the weight of `module` is packed integers."""
@@ -104,7 +115,7 @@ class Checkpoint:
             raise ModelError(
                 f"checkpoint layer '{module}' has no {error}: download it again"
             ) from None
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
             raise ModelError(
                 f"checkpoint layer '{module}' does not fit its format ({self.method}): {error}"
             ) from None
@@ -175,7 +186,7 @@ def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(read_json(file))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from None
 
@@ -197,7 +208,7 @@ def _files(folder: Path) -> dict[str, Path]:
             )
         return {name: file for file in shards for name in _names(file)}
     try:
-        listed = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"]
+        listed = read_json(indexes[0])["weight_map"]
         files = {str(name): folder / Path(file).name for name, file in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{indexes[0]} has no weight_map: download it again") from error
@@ -214,7 +225,8 @@ def _names(file: Path) -> set[str]:
         return set(opened.keys())
 
 
-def _opened(file: Path) -> Any:
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         import ml_dtypes  # noqa: F401  numpy then knows the name bfloat16
         from safetensors import SafetensorError, safe_open
@@ -223,6 +235,7 @@ def _opened(file: Path) -> Any:
             'checkpoints need safetensors: pip install "qgraph-compiler[checkpoints]"'
         ) from None
     try:
-        return safe_open(file, "numpy")
-    except (OSError, SafetensorError) as error:
+        with safe_open(file, "numpy") as opened:
+            yield opened
+    except (OSError, SafetensorError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{file} is no safetensors file, or is truncated: {error}") from None

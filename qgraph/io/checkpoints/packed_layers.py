@@ -136,6 +136,8 @@ def gptq_layer(
     Raises:
         ValueError: the shapes do not fit each other, or groups are not of one size.
     """
+    _check_words(qweight, qzeros, scales)
+    _check(g_idx is not None or bits > 0, f"{bits} bits")
     words, (groups, n) = len(qweight), scales.shape
     k = words * WORD // bits if g_idx is None else g_idx.size
     bits = words * WORD // max(k, 1)
@@ -183,6 +185,7 @@ def awq_layer(qweight: Array, qzeros: Array, scales: Array) -> Layer:
     Raises:
         ValueError: the shapes do not fit each other.
     """
+    _check_words(qweight, qzeros, scales)
     (k, columns), (groups, n) = qweight.shape, scales.shape
     _check(columns * 8 == n, f"qweight has {columns * 8} columns, scales have {n}")
     _check(qzeros.shape == (groups, columns), f"qzeros have shape {qzeros.shape}")
@@ -220,6 +223,8 @@ def bnb_layer(
     """
     (n, k), size, kind = state["shape"], int(state["blocksize"]), state["quant_type"]
     _check(kind in ("nf4", "fp4"), f"quant_type '{kind}' is neither nf4 nor fp4")
+    _check(min(n, k, size) > 0, f"blocks of {size} in {n} x {k}")
+    _check(weight.dtype == np.uint8 and quant_map.size == 16, "codes or their levels")
     _check(k % size == 0, f"blocks of {size} run across its rows of {k}")
     _check(weight.size * 2 == n * k, f"{weight.size} bytes for {n} x {k} codes")
     _check(absmax.size * size == n * k, f"{absmax.size} scales for {n} x {k} codes")
@@ -230,6 +235,7 @@ def bnb_layer(
         offset = np.float32(state["nested_offset"])
         double = NestedScales(absmax.reshape(-1), nested[0].reshape(-1), offset, nested[1])
         absmax = double.float()
+    _check_scales(absmax)
     scale = np.ascontiguousarray(absmax.astype(np.float32).reshape(n, k // size).T)
     return Layer(
         np.ascontiguousarray(codes.T),
@@ -241,6 +247,18 @@ def bnb_layer(
         table=quant_map.astype(np.float32),
         nested=double,
     )
+
+
+def _check_words(qweight: Array, qzeros: Array, scales: Array) -> None:
+    for name, words in (("qweight", qweight), ("qzeros", qzeros)):
+        _check(words.dtype.kind in "iu" and words.itemsize == 4, f"{name} are {words.dtype}")
+        _check(words.ndim == 2, f"{name} have {words.ndim} axes")
+    _check(scales.ndim == 2 and 0 not in scales.shape, f"scales have shape {scales.shape}")
+    _check_scales(scales)
+
+
+def _check_scales(scales: Array) -> None:
+    _check(bool(np.isfinite(scales.astype(np.float32)).all()), "scales are not finite")
 
 
 def _check(fits: bool, problem: str) -> None:
