@@ -11,6 +11,7 @@ from qgraph.passes.autoround import AutoRound
 from qgraph.passes.awq import AWQ
 from qgraph.passes.balance_tables import BalanceTables
 from qgraph.passes.bias_correction import BiasCorrection
+from qgraph.passes.branch_on_rows import BranchOnRows
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.clip_weights import ClipWeights
@@ -70,6 +71,7 @@ ALL: tuple[type[Pass], ...] = (
     InsertQDQ,
     FoldQDQ,
     # lowered: the target has its own operators
+    BranchOnRows,
     UseBnb4,
     Lower,
 )

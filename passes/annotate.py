@@ -208,7 +208,6 @@ class Annotate(Pass):
             inside = nested(model, site.node)
             rules = fixed if self.scheme == "static" and not inside else at_run_time
             self._annotate(site, rules, opset(model), inside, context)
-        _tell_what_is_slow(context)
         for node in nodes(model):
             if is_op(node, *LINEAR) and site_of(node) is None:
                 why = "its weight is computed or not floating-point"
@@ -278,21 +277,6 @@ def _why_no_product(node: ir.Node) -> str | None:
 def _is_mean(verdict: Verdict) -> bool:
     """Whether its speedup is that of prompts and of single tokens in one: such do not compare."""
     return verdict.slowest < float("inf")
-
-
-def _tell_what_is_slow(context: Context) -> None:
-    """Warn of products that are faster than float for single tokens, but slower for prompts."""
-    slow = [
-        r.numbers["slowest"] for r in context.remarks.verdicts().values() if "slowest" in r.numbers
-    ]
-    if slow:
-        those = "1 product is" if len(slow) == 1 else f"{len(slow)} products are"
-        context.remark(
-            "warning", Annotate.name, "", "",
-            f"{those} slower than float for prompts, and faster for single tokens: "
-            "optimize_for=prompt takes what is fastest for prompts",
-            slowest=min(slow),
-        )  # fmt: skip
 
 
 def _own(weight: QuantSpec, site: Site) -> Iterator[QuantSpec]:

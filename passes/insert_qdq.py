@@ -26,19 +26,13 @@ from qgraph.graph.annotation import (
 )
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, redirect, remove_dead, shared_constant, typed
-from qgraph.graph.functions import (
-    DEQUANTIZE_PER_TOKEN,
-    QUANTIZE_PER_TOKEN,
-    ROUND_IN_BLOCKS,
-    declare,
-    grid_values,
-)
+from qgraph.graph.functions import round_in_blocks, round_per_token
 from qgraph.graph.ops import MOVES, dilated_average, lowest_value
 from qgraph.graph.reading import array, constant, input_of, is_op, producer, release
 from qgraph.graph.sites import Site, only_user, output_value, site_of
 from qgraph.numerics.reference import quantize_bias
 from qgraph.numerics.spec import FLOAT8, NUMPY, PerBlock, PerToken, QuantSpec
-from qgraph.numerics.tokens import SYMMETRIC_GRID, token_grid
+from qgraph.numerics.tokens import token_grid
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 from qgraph.weights import formats
@@ -306,7 +300,7 @@ class _Data:
     def _at_run_time(self, node: ir.Node, value: ir.Value, spec: QuantSpec) -> ir.Value:
         anchor = _first_user(node, value)
         if isinstance(spec.granularity, PerBlock):
-            return self._in_blocks(anchor, value, spec.granularity.size)
+            return round_in_blocks(self.model, anchor, value, spec.granularity.size)
         if not isinstance(spec.granularity, PerToken):
             q = insert(
                 self.model,
@@ -318,30 +312,7 @@ class _Data:
             )
             dq = insert(self.model, anchor, "DequantizeLinear", q.outputs, base=f"{value.name}_dq")
             return typed(dq, ir.DataType.FLOAT, value.shape)
-        declare(self.model, QUANTIZE_PER_TOKEN)
-        declare(self.model, DEQUANTIZE_PER_TOKEN)
-        step, zero, floor = grid_values(self.model, token_grid(lowest_value(value)))
-        q = insert(
-            self.model, anchor, QUANTIZE_PER_TOKEN, [value, step, zero, floor],
-            base=f"{value.name}_q", domain="qgraph", outputs=2,
-        )  # fmt: skip
-        typed(q, spec.dtype, value.shape)
-        q.outputs[1].type = ir.TensorType(ir.DataType.FLOAT)
-        dq = insert(
-            self.model, anchor, DEQUANTIZE_PER_TOKEN, [*q.outputs, step, zero],
-            base=f"{value.name}_dq", domain="qgraph",
-        )  # fmt: skip
-        return typed(dq, ir.DataType.FLOAT, value.shape)
-
-    def _in_blocks(self, anchor: ir.Node, value: ir.Value, size: int) -> ir.Value:
-        declare(self.model, ROUND_IN_BLOCKS)
-        block = shared_constant(self.model, f"qgraph/block_{size}", np.array([-1, size], np.int64))
-        step, _, floor = grid_values(self.model, SYMMETRIC_GRID)
-        rounded = insert(
-            self.model, anchor, ROUND_IN_BLOCKS, [value, block, step, floor],
-            base=f"{value.name}_rounded", domain="qgraph",
-        )  # fmt: skip
-        return typed(rounded, ir.DataType.FLOAT, value.shape)
+        return round_per_token(self.model, anchor, value, token_grid(lowest_value(value)))
 
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

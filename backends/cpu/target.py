@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from qgraph.graph.reading import attribute, dims, is_op
 from qgraph.graph.sites import Site
 from qgraph.io.session import open_session
 from qgraph.numerics.spec import FLOAT8, PerBlock, PerToken, QuantSpec
-from qgraph.pipeline.target import Purpose, Verdict
+from qgraph.pipeline.target import BlockProduct, Purpose, Verdict
 
 GLUE = MOVES | {
     "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu",
@@ -39,6 +40,13 @@ ROWS: dict[Purpose, tuple[int, ...]] = {"prompt": (128,), "decode": (1,), "both"
 PIXELS = 196
 MARGIN = 1.02
 """A quantized operator must beat float by this much: below it, noise decides."""
+
+WORTH, CLOSE = 1.15, 0.95
+"""A second body must make prompts this much faster; columns must come so near to blocks for one row
+to take both kinds of runs."""
+BETWEEN = (2, 4, 8, 16, 32, 64)
+ASSUMED_CROSSOVER = 16
+"""Rows from which int8 columns beat blocks on other CPUs: assumed, not measured."""
 
 FINER = 6
 """Blocks of at most so many bits can be rounded again to int8 columns at little loss."""
@@ -176,12 +184,32 @@ class CpuTarget:
 
     def _speedups(self, case: Case) -> np.ndarray:
         """One for each number of rows that counts, for a product with k and n as they are."""
-        rows = ROWS[self.optimize_for]
+        return np.array([self._speedup(case, rows) for rows in ROWS[self.optimize_for]])
+
+    def _speedup(self, case: Case, rows: int) -> float:
         if not self.measured:
-            key = f"blocks-{case.bits}" if case.block else case.lowering
-            return np.array([SHIPPED[key][m] for m in rows])
-        case = replace(case, k=rounded(case.k), n=rounded(case.n))
-        return np.array([host_table().speedup(replace(case, m=m)) for m in rows])
+            return SHIPPED[f"blocks-{case.bits}" if case.block else case.lowering][rows]
+        return host_table().speedup(replace(case, k=rounded(case.k), n=rounded(case.n), m=rows))
+
+    def crossover(self, products: Sequence[BlockProduct]) -> int | None:
+        if self.optimize_for != "both" or self._gain(products, ROWS["prompt"][0]) < WORTH:
+            return None
+        if self._gain(products, 1) > CLOSE:
+            return 1
+        if not self.measured:
+            return ASSUMED_CROSSOVER
+        heaviest = [max(products, key=lambda p: p.k * p.n)]
+        return next((m for m in BETWEEN if self._gain(heaviest, m) > 1), ROWS["prompt"][0])
+
+    def _gain(self, products: Sequence[BlockProduct], rows: int) -> float:
+        """Time of these products in blocks / as int8 columns, for so many rows of data."""
+        blocks = columns = 0.0
+        for product in products:
+            work = product.k * product.n
+            kinds = Case("blocks", product.k, product.n, 0, bits=product.bits, block=product.size)
+            blocks += work / self._speedup(kinds, rows)
+            columns += work / self._speedup(Case("per-token", product.k, product.n, 0), rows)
+        return blocks / columns if columns else 0.0
 
     def _apart_is_faster(self, norm: Lowering) -> bool:
         """Whether a residual norm in two operators wins for one token as well as for many."""
@@ -194,11 +222,12 @@ class CpuTarget:
         return is_op(node, *GLUE) and not dilated_average(node)
 
     def legalize(self, model: ir.Model) -> bool:
-        changed = lower_block_products(model)
+        packed = lower_block_products(model)
+        changed = bool(packed)
         changed |= lower_codebook_products(model)
         changed |= lower_block_tables(model)
-        changed |= unpack_weights(model, PAIRED if self.saturates else 127)
-        changed |= lower_tables(model)
+        changed |= unpack_weights(model, PAIRED if self.saturates else 127, packed)
+        changed |= lower_tables(model, packed)
         changed |= lower_products(model, "onnxruntime")
         changed |= defer_scales(model)
         changed |= lower_quantizers(model)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -11,11 +12,40 @@ import onnx_ir as ir
 from qgraph.backends.lowering.match import INT8_COMPUTE, blocks_of, fewest_bits, gemm_bias
 from qgraph.graph.editing import insert, replace, shared_constant, typed
 from qgraph.graph.functions import ROUND_IN_BLOCKS, is_call
-from qgraph.graph.reading import MICROSOFT, array, attribute, is_op, nodes, producer
+from qgraph.graph.reading import MICROSOFT, array, attribute, input_of, is_op, nodes, producer
 from qgraph.numerics.packing import pack
 
 
-def lower_block_products(model: ir.Model) -> bool:
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as MatMulNBits reads it.
+
+    Attributes:
+        bytes: uint8, (N, blocks, size · bits / 8), K filled up to whole blocks.
+        scales: float32, (N, blocks).
+        zeros: uint8, (N, blocks · bits / 8), or None where all are the middle of the range.
+        bits, size: of one weight, and of a block.
+        k: without the filling.
+    """
+
+    bytes: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+    bits: int
+    size: int
+    k: int
+
+    @property
+    def filled(self) -> bool:
+        """Whether the last block is longer than what is left of K."""
+        return self.k % self.size > 0
+
+
+UNPACKED: Mapping[ir.Value, PackedWeight] = MappingProxyType({})
+"""No weight was packed."""
+
+
+def lower_block_products(model: ir.Model) -> dict[ir.Value, PackedWeight]:
     """Products of activations in blocks and weights of few bits become MatMulNBits.
 
     ::
@@ -26,8 +56,11 @@ def lower_block_products(model: ir.Model) -> bool:
     The kernel finds the scales of activations itself and multiplies in integers. Its weights are
     unsigned, the middle of their range being zero, and take 2, 4 or 8 bits, as few as they need.
     Weights with a scale for each channel have it in each block.
+
+    Returns:
+        the weights that were packed, by the integers that they were before.
     """
-    changed = False
+    packed: dict[ir.Value, PackedWeight] = {}
     for node in nodes(model):
         if not is_op(node, "MatMul", "Gemm"):
             continue
@@ -36,9 +69,11 @@ def lower_block_products(model: ir.Model) -> bool:
             continue
         columns = _columns(node, dq, rounded) if is_op(dq, "DequantizeLinear") else None
         if columns is not None:
-            _lower(model, node, rounded.inputs[0], dq.inputs[0], columns)
-            changed = True
-    return changed
+            q = input_of(dq, 0)
+            weight = _lower(model, node, rounded.inputs[0], q, columns)
+            if attribute(node, "alpha", 1.0) == 1.0:  # else it is in the scales
+                packed[q] = weight
+    return packed
 
 
 @dataclass(frozen=True)
@@ -93,9 +128,18 @@ def _per_channel(dq: ir.Node, axis: int, count: int) -> tuple[np.ndarray, np.nda
 
 
 def _lower(
-    model: ir.Model, node: ir.Node, x: ir.Value | None, weight: ir.Value | None, columns: _Columns
-) -> None:
-    assert weight is not None
+    model: ir.Model, node: ir.Node, x: ir.Value | None, weight: ir.Value, columns: _Columns
+) -> PackedWeight:
+    packed = _packed(model, weight, columns)
+    inputs = [packed.bytes, packed.scales] + ([packed.zeros] if packed.zeros is not None else [])
+    n = columns.q.shape[0]
+    multiply_in_blocks(
+        model, node, [x, *inputs], n=n, k=packed.k, bits=packed.bits, size=packed.size
+    )
+    return packed
+
+
+def _packed(model: ir.Model, weight: ir.Value, columns: _Columns) -> PackedWeight:
     (n, k), size = columns.q.shape, columns.size
     bits = fewest_bits(columns.q, columns.zeros, size)
     middle = 1 << (bits - 1)
@@ -104,19 +148,18 @@ def _lower(
     count = columns.scales.shape[1]
     filled = np.full((n, count * size), 0, np.uint8)
     filled[:, :k] = columns.q + lift
-    inputs = [
-        # Layers may share a weight.
-        shared_constant(
-            model, f"{weight.name}_packed", pack(filled, bits).reshape(n, count, size * bits // 8)
-        ),
-        shared_constant(
-            model, f"{weight.name}_scales", np.ascontiguousarray(columns.scales, np.float32)
-        ),
-    ]
+    # Layers may share a weight.
+    held = shared_constant(
+        model, f"{weight.name}_packed", pack(filled, bits).reshape(n, count, size * bits // 8)
+    )
+    scales = shared_constant(
+        model, f"{weight.name}_scales", np.ascontiguousarray(columns.scales, np.float32)
+    )
+    zeros = None
     if columns.zeros is not None:
-        zeros = pack((columns.zeros + lift).astype(np.uint8), bits)
-        inputs.append(shared_constant(model, f"{weight.name}_zeros", zeros.reshape(n, -1)))
-    multiply_in_blocks(model, node, [x, *inputs], n=n, k=k, bits=bits, size=size)
+        packed = pack((columns.zeros + lift).astype(np.uint8), bits).reshape(n, -1)
+        zeros = shared_constant(model, f"{weight.name}_zeros", packed)
+    return PackedWeight(held, scales, zeros, bits, size, k)
 
 
 def multiply_in_blocks(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.backends.lowering.block_products import UNPACKED, PackedWeight
 from qgraph.backends.lowering.match import Blocks, blocks_of, dynamic_data
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, shared_constant, typed
@@ -23,7 +24,9 @@ from qgraph.graph.reading import (
 from qgraph.numerics.reference import SMALLEST_SCALE
 
 
-def unpack_weights(model: ir.Model, limit: int = 127) -> bool:
+def unpack_weights(
+    model: ir.Model, limit: int = 127, packed: Mapping[ir.Value, PackedWeight] = UNPACKED
+) -> bool:
     """Make int8 columns of the weights of products that are stored smaller.
 
     ::
@@ -36,8 +39,14 @@ def unpack_weights(model: ir.Model, limit: int = 127) -> bool:
     model (ConstantFolding), and its kernels pack them like any other. The rounding adds the noise
     of 8 bits to that of the few that blocks have. Columns of 4 bits stay exactly what they are.
 
+    A weight that another body of the model has packed for its own kernel is read from there, so
+    that the model stores it once::
+
+        W:uint8 (N, blocks, size / 2) ── Gather(of 256 bytes, the integers) ── Mul ── ... ── DQ ── y
+
     Args:
         limit: largest integer of a column.
+        packed: the weights that were packed, by their integers.
     """
     changed = False
     for node, dq in _weights(model):
@@ -45,7 +54,10 @@ def unpack_weights(model: ir.Model, limit: int = 127) -> bool:
         if dynamic_data(node) is None or q is None:
             continue
         if blocks is not None:
-            _unpack(model, node, q, blocks, limit)
+            _unpack(model, node, q, blocks, limit, packed.get(q))
+            changed = True
+        elif q in packed and packed[q].zeros is None:
+            dq.replace_input_with(0, _unpacked_columns(model, node, q, packed[q], dq))
             changed = True
         elif q.dtype == ir.DataType.INT4 and not attribute(dq, "block_size", 0):
             changed |= _widen(model, node, dq, q)
@@ -80,15 +92,28 @@ def _int8(model: ir.Model, anchor: ir.Node, value: ir.Value) -> ir.Value:
     return typed(cast, ir.DataType.INT8, value.shape)
 
 
-def _unpack(model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks, limit: int) -> None:
+def _unpack(
+    model: ir.Model,
+    node: ir.Node,
+    q: ir.Value,
+    blocks: Blocks,
+    limit: int,
+    packed: PackedWeight | None,
+) -> None:
     base = q.name
-    columns, column = _rounded_columns(model, node, q, blocks, limit)
-    scale = add_constant(model, f"{base}_column_scale", column.reshape(-1))
-    dq = insert(
+    peaks = _block_peaks(np.asarray(constant_array(q), np.int8), blocks)
+    largest = np.maximum(peaks.max(axis=blocks.axis, keepdims=True), SMALLEST_SCALE)
+    column = (largest / limit).astype(np.float32)
+    scale = shared_constant(model, f"{base}_column_scale", column.reshape(-1))
+    if packed is None:
+        columns = _rounded_columns(model, node, q, blocks, column)
+    else:
+        columns = _rounded_packed(model, node, q, packed, blocks.axis, scale)
+    made = insert(
         model, node, "DequantizeLinear", [columns, scale],
         base=f"{base}_columns_dq", attributes={"axis": 1 - blocks.axis},
     )  # fmt: skip
-    node.replace_input_with(1, typed(dq, ir.DataType.FLOAT, q.shape))
+    node.replace_input_with(1, typed(made, ir.DataType.FLOAT, q.shape))
 
 
 def _spread(
@@ -106,14 +131,10 @@ def _spread(
 
 
 def _rounded_columns(
-    model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks, limit: int
-) -> tuple[ir.Value, np.ndarray]:
-    """int8 columns as near to blocks with scales of their own as can be, and their scale."""
-    integers = constant_array(q)
-    peaks = _block_peaks(np.asarray(integers, np.int8), blocks)
-    column = np.maximum(peaks.max(axis=blocks.axis, keepdims=True), SMALLEST_SCALE) / limit
+    model: ir.Model, node: ir.Node, q: ir.Value, blocks: Blocks, column: np.ndarray
+) -> ir.Value:
+    """int8 columns of these scales, as near to blocks with scales of their own as can be."""
     ratio = add_constant(model, f"{q.name}_ratio", (blocks.scales / column).astype(np.float32))
-
     graph = Builder(model, node, f"{q.name}_")
     value = graph.op("Cast", q, to=int(ir.DataType.FLOAT), shape=q.shape)
     if blocks.zeros is not None:
@@ -122,7 +143,20 @@ def _rounded_columns(
         value = graph.op("Sub", value, spread, shape=q.shape)
     value = graph.op("Mul", value, _spread(model, node, q, ratio, blocks), shape=q.shape)
     rounded = graph.op("Round", value, shape=q.shape)
-    return _int8(model, node, rounded), column.astype(np.float32)
+    return _int8(model, node, rounded)
+
+
+def _rounded_packed(
+    model: ir.Model, node: ir.Node, q: ir.Value, packed: PackedWeight, k_axis: int, scale: ir.Value
+) -> ir.Value:
+    """:func:`_rounded_columns` from bytes that hold the blocks."""
+    graph = Builder(model, node, f"{q.name}_")
+    last = shared_constant(model, "qgraph/last_axis", np.array([-1], np.int64))
+    both = shared_constant(model, "qgraph/last_axes", np.array([1, 2], np.int64))
+    scales = graph.op("Unsqueeze", packed.scales, last)
+    ratio = graph.op("Div", scales, graph.op("Unsqueeze", scale, both))
+    values = graph.op("Mul", _integers(model, graph, packed), ratio)
+    return _as_columns(model, graph, graph.op("Round", values), packed, k_axis, q)
 
 
 def _block_peaks(q: np.ndarray, blocks: Blocks) -> np.ndarray:
@@ -133,3 +167,71 @@ def _block_peaks(q: np.ndarray, blocks: Blocks) -> np.ndarray:
     high = np.maximum.reduceat(q, starts, axis=blocks.axis) - zeros
     peaks: np.ndarray = np.maximum(np.abs(low), np.abs(high)) * np.abs(blocks.scales)
     return peaks
+
+
+def _unpacked_columns(
+    model: ir.Model, node: ir.Node, q: ir.Value, packed: PackedWeight, dq: ir.Node
+) -> ir.Value:
+    """int8 columns from bytes that hold the same integers."""
+    graph = Builder(model, node, f"{q.name}_")
+    k_axis = 1 - int(attribute(dq, "axis", 1)) % 2
+    return _as_columns(model, graph, _integers(model, graph, packed), packed, k_axis, q)
+
+
+def _integers(model: ir.Model, graph: Builder, packed: PackedWeight) -> ir.Value:
+    """The integers in a packed weight without their zero points, as floats (N, blocks, size)."""
+    n, count, _ = (int(d or 0) for d in dims(packed.bytes))
+    bits, middle = packed.bits, 1 << (packed.bits - 1)
+    if packed.zeros is None:
+        return _codes(model, graph, packed.bytes, bits, middle, [n, count, packed.size])
+    values = _codes(model, graph, packed.bytes, bits, 0, [n, count, packed.size])
+    zeros = _codes(model, graph, packed.zeros, bits, 0, [n, -1, 1])
+    if dims(packed.zeros)[1] != count * bits / 8:
+        zeros = _cut(model, graph, zeros, count, ir.DataType.FLOAT)
+    return graph.op("Sub", values, zeros)
+
+
+def _codes(
+    model: ir.Model, graph: Builder, held: ir.Value, bits: int, zero: int, shape: list[int]
+) -> ir.Value:
+    """Integers of few bits, less `zero`, as floats: a table says what each byte holds."""
+    shifts = np.arange(0, 8, bits)
+    values = (np.arange(256)[:, np.newaxis] >> shifts) % (1 << bits) - zero
+    table = shared_constant(model, f"qgraph/bytes_{bits}_{zero}", values.astype(np.float32))
+    wanted = np.array(shape, np.int64)
+    name = "qgraph/shape_" + "_".join(map(str, shape))
+    index = graph.op("Cast", held, to=int(ir.DataType.INT32), dtype=ir.DataType.INT32)
+    codes = graph.op("Gather", table, index)
+    return graph.op("Reshape", codes, shared_constant(model, name, wanted))
+
+
+def _cut(
+    model: ir.Model, graph: Builder, value: ir.Value, size: int, dtype: ir.DataType
+) -> ir.Value:
+    """The first `size` places on axis 1."""
+    first, last, axis = (
+        shared_constant(model, f"qgraph/number_{i}", np.array([i], np.int64)) for i in (0, size, 1)
+    )
+    return graph.op("Slice", value, first, last, axis, dtype=dtype)
+
+
+def _as_columns(
+    model: ir.Model,
+    graph: Builder,
+    values: ir.Value,
+    packed: PackedWeight,
+    k_axis: int,
+    q: ir.Value,
+) -> ir.Value:
+    """Values (N, blocks, size) as int8 of the shape of `q`, without what fills the last block."""
+    int8 = ir.DataType.INT8
+    shape = shared_constant(model, "qgraph/matrix", np.array([0, -1], np.int64))
+    columns = graph.op("Cast", values, to=int(int8), dtype=int8)
+    columns = graph.op("Reshape", columns, shape, dtype=int8)
+    if packed.filled:
+        columns = _cut(model, graph, columns, packed.k, int8)
+    if k_axis == 0:
+        columns = graph.op("Transpose", columns, perm=[1, 0], dtype=int8)
+    producer = columns.producer()
+    assert producer is not None
+    return typed(producer, ir.DataType.INT8, q.shape)

@@ -43,6 +43,12 @@ class _DynamicProduct:
     weight: ir.Node
 
 
+_WEIGHT_OPERATORS = (
+    "Cast", "Div", "Gather", "Mul", "Reshape", "Round", "Slice", "Sub", "Transpose", "Unsqueeze",
+)  # fmt: skip
+"""What this package writes weights with."""
+
+
 def lower_products(model: ir.Model, dialect: Dialect) -> bool:
     """Replace dynamically quantized MatMul and Gemm by integer products.
 
@@ -75,12 +81,9 @@ def _match(node: ir.Node) -> _DynamicProduct | None:
 
 
 def _folds(value: ir.Value | None) -> bool:
-    """Whether `value` is a constant, or made of constants alone: runtimes fold it on loading.
-
-    The operators are those that this package itself writes weights with.
-    """
+    """Whether `value` is a constant, or made of constants alone: runtimes fold it on loading."""
     node = source_of(value)
-    if is_op(node, "Cast", "Gather", "Mul", "Round", "Sub", "Transpose"):
+    if is_op(node, *_WEIGHT_OPERATORS):
         return all(map(_folds, node.inputs))
     return constant(value) is not None
 

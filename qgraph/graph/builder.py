@@ -28,7 +28,7 @@ class Builder:
         domain: str = "",
         dtype: ir.DataType | None = ir.DataType.FLOAT,
         shape: ir.Shape | Sequence[int] | None = None,
-        **attributes: int | list[int],
+        **attributes: int | str | list[int],
     ) -> ir.Value:
         """What a new node computes, of this dtype and shape (None: unknown)."""
         node = insert(

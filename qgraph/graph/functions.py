@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from qgraph.graph.editing import shared_constant
+from qgraph.graph.editing import insert, shared_constant, typed
 from qgraph.graph.reading import opset
-from qgraph.numerics.tokens import TokenGrid
+from qgraph.numerics.tokens import SYMMETRIC_GRID, TokenGrid
 
 DOMAIN = "qgraph"
 OBSERVER = "Observer"
@@ -142,3 +142,33 @@ def grid_values(model: ir.Model, grid: TokenGrid) -> tuple[ir.Value, ir.Value, i
         )
     )
     return step, zero, floor
+
+
+def round_per_token(model: ir.Model, anchor: ir.Node, value: ir.Value, grid: TokenGrid) -> ir.Value:
+    """`value` rounded to uint8 with a scale for each token, before `anchor`."""
+    declare(model, QUANTIZE_PER_TOKEN)
+    declare(model, DEQUANTIZE_PER_TOKEN)
+    step, zero, floor = grid_values(model, grid)
+    q = insert(
+        model, anchor, QUANTIZE_PER_TOKEN, [value, step, zero, floor],
+        base=f"{value.name}_q", domain=DOMAIN, outputs=2,
+    )  # fmt: skip
+    typed(q, ir.DataType.UINT8, value.shape)
+    q.outputs[1].type = ir.TensorType(ir.DataType.FLOAT)
+    dq = insert(
+        model, anchor, DEQUANTIZE_PER_TOKEN, [*q.outputs, step, zero],
+        base=f"{value.name}_dq", domain=DOMAIN,
+    )  # fmt: skip
+    return typed(dq, ir.DataType.FLOAT, value.shape)
+
+
+def round_in_blocks(model: ir.Model, anchor: ir.Node, value: ir.Value, size: int) -> ir.Value:
+    """`value` rounded to int8 with a scale for each block of each token, before `anchor`."""
+    declare(model, ROUND_IN_BLOCKS)
+    block = shared_constant(model, f"qgraph/block_{size}", np.array([-1, size], np.int64))
+    step, _, floor = grid_values(model, SYMMETRIC_GRID)
+    rounded = insert(
+        model, anchor, ROUND_IN_BLOCKS, [value, block, step, floor],
+        base=f"{value.name}_rounded", domain=DOMAIN,
+    )  # fmt: skip
+    return typed(rounded, ir.DataType.FLOAT, value.shape)

@@ -87,6 +87,18 @@ def producer(node: ir.Node, index: int) -> ir.Node | None:
     return source_of(node.inputs[index]) if index < len(node.inputs) else None
 
 
+def computing(node: ir.Node, index: int) -> ir.Node:
+    """The node that computes an input, where it is known that one does.
+
+    Raises:
+        ValueError: none does.
+    """
+    found = producer(node, index)
+    if found is None:
+        raise ValueError(f"input {index} of '{node_name(node)}' is not computed")
+    return found
+
+
 def array(value: ir.Value | None) -> np.ndarray | None:
     """The array behind a constant value, or None. Reads the weight: see :func:`release`."""
     tensor = constant(value)

@@ -65,8 +65,10 @@ def find_states(
             images and hidden values as well.
     """
     by_output: dict[ir.Value, list[State]] = {output: [] for output in outputs}
+    inner = dict(_inner_outputs(outputs))
     for value in inputs:
-        for output, way in _carried(value, updates).items():
+        for carried, way in _carried(value, updates).items():
+            output = inner.get(carried, carried)
             if output in by_output and way.changes and alike(value, output):
                 state = State(value, output, way.grows)
                 by_output[output].insert(0 if way.first else len(by_output[output]), state)
@@ -78,6 +80,15 @@ def find_states(
             taken.add(free[0].input)
             states.append(free[0])
     return states
+
+
+def _inner_outputs(outputs: Sequence[ir.Value]) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """What the bodies of an If compute for each of the outputs, with that output."""
+    for output in outputs:
+        node, index = output.producer(), output.index()
+        if is_op(node, "If") and index is not None:
+            for body in node.attributes.values():
+                yield body.as_graph().outputs[index], output
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -124,3 +125,29 @@ def half_floats(target: Target) -> bool:
 def largest_value(target: Target) -> float:
     """What values should not exceed on this target, see :class:`TorchTarget`."""
     return float(getattr(target, "largest", "inf"))
+
+
+@dataclass(frozen=True)
+class BlockProduct:
+    """A product whose activations can be in blocks, as far as its speed is concerned.
+
+    Attributes:
+        k, n: length of the dot products, and number of output channels.
+        bits: of its weights.
+        size: of the blocks.
+    """
+
+    k: int
+    n: int
+    bits: int
+    size: int
+
+
+@runtime_checkable
+class TwoSpeed(Protocol):
+    """A target that has one kernel for a few rows of data and another one for many."""
+
+    def crossover(self, products: Sequence[BlockProduct]) -> int | None:
+        """The rows from which these products, all of a model, run faster as int8 columns than in
+        blocks; None where they never do, or where only one kind of run counts."""
+        ...

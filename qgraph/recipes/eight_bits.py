@@ -49,12 +49,14 @@ def static(
 
 
 @listed
-def dynamic(*, bits: int = 8, rules: Sequence[Rule] = ()) -> Recipe:
+def dynamic(*, bits: int = 8, bodies: int = 2, rules: Sequence[Rule] = ()) -> Recipe:
     """INT8 weights, activation scales computed at run time, token by token; needs no data.
 
     Args:
         bits: bits of the weights, 2 to 8.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
     annotate = Annotate("dynamic", rules=tuple(rules), weight=int8_weight(bits))
-    return Recipe("dynamic", (*FLOAT_STAGE, annotate, *commit()))
+    return Recipe("dynamic", (*FLOAT_STAGE, annotate, *commit(bodies=bodies)))

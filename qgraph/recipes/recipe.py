@@ -18,6 +18,7 @@ from qgraph.errors import QGraphError
 from qgraph.numerics.spec import SMALL_INTEGERS, WEIGHT, QuantSpec
 from qgraph.passes.annotate import Annotate, Rule
 from qgraph.passes.balance_tables import BalanceTables
+from qgraph.passes.branch_on_rows import BranchOnRows
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.convert_opset import ConvertOpset
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
@@ -80,7 +81,7 @@ def small_integers(rules: Sequence[Rule], weight: QuantSpec = WEIGHT) -> tuple[P
 
 
 def commit(
-    *rounding: Pass, tables: bool = True, rewrites: tuple[Pass, ...] = ()
+    *rounding: Pass, tables: bool = True, rewrites: tuple[Pass, ...] = (), bodies: int | None = None
 ) -> tuple[Pass, ...]:
     """What every recipe ends with: from annotations to integers in the target's operators.
 
@@ -88,6 +89,9 @@ def commit(
         rounding: passes that round weights themselves.
         tables: look for tables tied to a product first, while both weights are still float.
         rewrites: of the graph with its integers, before the target has its turn.
+        bodies: at most so many for prompts and single tokens, see `branch-on-rows`; None where
+            there is nothing to choose.
     """
     balance = (BalanceTables(),) if tables else ()
-    return *balance, *rounding, InsertQDQ(), FoldQDQ(), *rewrites, Lower()
+    branch = () if bodies is None else (BranchOnRows(bodies),)
+    return *balance, *rounding, InsertQDQ(), FoldQDQ(), *rewrites, *branch, Lower()

@@ -25,7 +25,12 @@ Level = Literal["O1", "O2", "O3"]
 
 @listed
 def llm_int8(
-    *, threshold: float = 6.0, share: float = 0.02, bits: int = 8, rules: Sequence[Rule] = ()
+    *,
+    threshold: float = 6.0,
+    share: float = 0.02,
+    bits: int = 8,
+    bodies: int = 2,
+    rules: Sequence[Rule] = (),
 ) -> Recipe:
     """INT8 transformers in which channels with outliers stay in float.
 
@@ -34,11 +39,13 @@ def llm_int8(
         share: also this share of each site's channels, the largest ones, if they stand out; 0 is
             the paper's plain method.
         bits: bits of the weights, 2 to 8.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
     annotate = Annotate("dynamic", rules=tuple(rules), weight=int8_weight(bits))
     steps = (annotate, *_RANGES, SplitOutliers(threshold, share))
-    return Recipe("llm-int8", (*FLOAT_STAGE, *steps, *commit()), calibrates=True)
+    return Recipe("llm-int8", (*FLOAT_STAGE, *steps, *commit(bodies=bodies)), calibrates=True)
 
 
 @listed
@@ -49,6 +56,7 @@ def smoothquant(
     lkd: bool = True,
     bits: int = 8,
     min_sqnr: float = 25.0,
+    bodies: int = 2,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """INT8 transformers whose large activation channels were moved into the weights.
@@ -63,6 +71,8 @@ def smoothquant(
         bits: bits of the weights, 2 to 8.
         min_sqnr: with O2 and O3, sites whose median token would keep less than this many dB get
             scales token by token.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
     if level not in get_args(Level):
@@ -79,7 +89,11 @@ def smoothquant(
     steps: tuple[Pass, ...] = (annotate, *_RANGES, Smooth(alpha), _OUTPUT_SPLIT)
     if level != "O1":  # smoothing has changed what one scale must serve
         steps = (*steps, *_RANGES, GuardStatic(min_sqnr=min_sqnr))
-    return Recipe("smoothquant", (*FLOAT_STAGE, *steps, *commit(*_distill(lkd))), calibrates=True)
+    return Recipe(
+        "smoothquant",
+        (*FLOAT_STAGE, *steps, *commit(*_distill(lkd), bodies=bodies)),
+        calibrates=True,
+    )
 
 
 @listed
@@ -90,6 +104,7 @@ def zeroquant(
     group_size: int | Literal["auto"] = "auto",
     lkd: bool = False,
     alpha: float | Literal["search"] = 0.5,
+    bodies: int = 2,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Transformers with weights of 8 bits, or 4 in MLPs, and activation scales token by token.
@@ -104,6 +119,8 @@ def zeroquant(
         lkd: choose integers that imitate the float layers on calibration data.
         alpha: share of the magnitude that moves into the weights first (SmoothQuant), or `search`;
             0 = none, the paper's plain method.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
     weight, mlp = in_groups(bits, group_size), in_groups(mlp_bits or bits, group_size)
@@ -111,7 +128,7 @@ def zeroquant(
     others = () if mlp == weight else (products,)
     annotate = small_integers((*rules, *others), weight)
     smooth = (*_RANGES, Smooth(alpha)) if alpha else ()
-    steps = (*FLOAT_STAGE, *annotate, *smooth, *commit(*_distill(lkd)))
+    steps = (*FLOAT_STAGE, *annotate, *smooth, *commit(*_distill(lkd), bodies=bodies))
     return Recipe("zeroquant", steps, calibrates=bool(alpha) or lkd)
 
 
@@ -121,6 +138,7 @@ def w8a8(
     alpha: float | Literal["search"] = 0.5,
     share: float = 0.03,
     group_size: int = 128,
+    bodies: int = 2,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """INT8 transformers at the least loss: smoothed, in groups where that counts, outliers float.
@@ -133,12 +151,14 @@ def w8a8(
             each input.
         share: largest share of a site's channels that stay in float.
         group_size: input channels of the last product of an MLP that share a scale, 0 = all.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
     grouped = (_grouped(group_size),) if checked_group_size(group_size) else ()
     annotate = small_integers((*rules, *grouped))
     steps = (*annotate, *_RANGES, Smooth(alpha), SplitOutliers(0.0, share))
-    return Recipe("w8a8", (*FLOAT_STAGE, *steps, *commit()), calibrates=True)
+    return Recipe("w8a8", (*FLOAT_STAGE, *steps, *commit(bodies=bodies)), calibrates=True)
 
 
 _RANGES = InsertObservers(channel_ranges=True), Calibrate()

@@ -44,6 +44,7 @@ def rtn(
     symmetric: bool = True,
     observer: WeightRange = "absmax",
     embedding_bits: int = 8,
+    bodies: int = 2,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits, rounded to nearest; needs no data.
@@ -55,11 +56,13 @@ def rtn(
         observer: `mse` shrinks ranges as far as the squared error gains by it, `absmax` does not.
         embedding_bits: bits of lookup tables. With those of the other weights, a table that is tied
             to the last product is stored once with it.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
     own = _weight_rules(bits, group_size, symmetric, observer, embedding_bits)
     annotate = small_integers((*rules, *own))
-    return Recipe("rtn", (*FLOAT_STAGE, *annotate, *commit()))
+    return Recipe("rtn", (*FLOAT_STAGE, *annotate, *commit(bodies=bodies)))
 
 
 @listed
@@ -71,6 +74,7 @@ def gptq(
     act_order: bool = True,
     damping: float = 0.1,
     embedding_bits: int = 8,
+    bodies: int = 2,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits that make up for each other's rounding errors on calibration data.
@@ -84,11 +88,13 @@ def gptq(
             and other data better.
         embedding_bits: of lookup tables, as in `rtn`; they are rounded to nearest, and so is a last
             product that is tied to one.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
     own = _weight_rules(bits, group_size, symmetric, "absmax", embedding_bits)
     annotate = small_integers((*rules, *own))
-    steps = (*FLOAT_STAGE, *annotate, *commit(GPTQ(act_order, damping)))
+    steps = (*FLOAT_STAGE, *annotate, *commit(GPTQ(act_order, damping), bodies=bodies))
     return Recipe("gptq", steps, calibrates=True)
 
 
@@ -100,6 +106,7 @@ def awq(
     symmetric: bool = True,
     clip: bool = True,
     embedding_bits: int = 8,
+    bodies: int = 2,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits, scaled and clipped by what their outputs lose on calibration data.
@@ -111,12 +118,14 @@ def awq(
         clip: search the scale of each block, too; without it, weights are only multiplied.
         embedding_bits: of lookup tables, as in `rtn`; they are rounded to nearest, and so is a last
             product that is tied to one.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
     own = _weight_rules(bits, group_size, symmetric, "absmax", embedding_bits)
     annotate = small_integers((*rules, *own))
     clipped = (ClipWeights(),) if clip else ()
-    steps = (*FLOAT_STAGE, *annotate, AWQ(), *commit(*clipped))
+    steps = (*FLOAT_STAGE, *annotate, AWQ(), *commit(*clipped, bodies=bodies))
     return Recipe("awq", steps, calibrates=True)
 
 
@@ -127,6 +136,7 @@ def adaround(
     group_size: int = 0,
     symmetric: bool = True,
     steps: int = 200,
+    bodies: int = 2,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits, each learned to be rounded up or down, layer by layer; needs torch.
@@ -136,9 +146,11 @@ def adaround(
         group_size: input channels of a product that share a scale, 0 = all of them (per channel).
         symmetric: without zero points.
         steps: of learning, for each layer.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
-    return _learned(AdaRound(steps), bits, group_size, symmetric, rules)
+    return _learned(AdaRound(steps), bits, group_size, symmetric, bodies, rules)
 
 
 @listed
@@ -148,6 +160,7 @@ def autoround(
     group_size: int = 0,
     symmetric: bool = True,
     steps: int = 200,
+    bodies: int = 2,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits whose rounding and ranges are learned, block by block; needs torch.
@@ -157,9 +170,11 @@ def autoround(
         group_size: input channels of a product that share a scale, 0 = all of them (per channel).
         symmetric: without zero points.
         steps: of learning, for each block.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
-    return _learned(AutoRound(steps), bits, group_size, symmetric, rules)
+    return _learned(AutoRound(steps), bits, group_size, symmetric, bodies, rules)
 
 
 @listed
@@ -169,6 +184,7 @@ def hqq(
     group_size: int = 64,
     symmetric: bool = False,
     embedding_bits: int = 8,
+    bodies: int = 2,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits, in ranges that suit most weights of a block; needs no data.
@@ -179,11 +195,13 @@ def hqq(
         symmetric: without zero points; they are integers, which is what fast kernels take.
         embedding_bits: of lookup tables, as in `rtn`; they are rounded to nearest, and so is a last
             product that is tied to one.
+        bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
+            prompts and single tokens want different kernels; 1 keeps one, in less memory.
         rules: which sites to treat otherwise.
     """
     own = _weight_rules(bits, group_size, symmetric, "absmax", embedding_bits)
     annotate = small_integers((*rules, *own))
-    return Recipe("hqq", (*FLOAT_STAGE, *annotate, *commit(HQQ())))
+    return Recipe("hqq", (*FLOAT_STAGE, *annotate, *commit(HQQ(), bodies=bodies)))
 
 
 @listed
@@ -209,7 +227,7 @@ def nf4(
     """
     products = _codebook("nf4", group_size, double_quant, observer, kernel)
     annotate = small_integers((*rules, products))
-    return Recipe("nf4", (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel))))
+    return Recipe("nf4", (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel), bodies=1)))
 
 
 @listed
@@ -232,7 +250,7 @@ def fp4(
     """
     products = _codebook("fp4", group_size, double_quant, observer, kernel)
     annotate = small_integers((*rules, products))
-    return Recipe("fp4", (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel))))
+    return Recipe("fp4", (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel), bodies=1)))
 
 
 @listed
@@ -286,17 +304,23 @@ def checkpoint(
     others = Rule((*PRODUCTS, *CONVOLUTIONS, "gather"), None, why="float in checkpoint")
     first, last = (codes,) if kernel == "bnb4" else (), () if bits else (others,)
     annotate = small_integers((*first, own, *rules, *last), int8_weight(bits or 8))
-    steps = (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel)))
+    steps = (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel), bodies=1))
     return Recipe("checkpoint", steps).insert(LoadCheckpoint(path, check), before="fold-batch-norm")
 
 
 def _learned(
-    rounding: Pass, bits: int, group_size: int, symmetric: bool, rules: Sequence[Rule]
+    rounding: Pass,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    bodies: int,
+    rules: Sequence[Rule],
 ) -> Recipe:
     """What learns to round products and convolutions, for data that stays float."""
     own = _weight_rules(bits, group_size, symmetric, "mse")
     annotate = small_integers((*rules, *own, _convolutions(bits, symmetric)))
-    return Recipe(rounding.name, (*FLOAT_STAGE, *annotate, *commit(rounding)), calibrates=True)
+    steps = (*FLOAT_STAGE, *annotate, *commit(rounding, bodies=bodies))
+    return Recipe(rounding.name, steps, calibrates=True)
 
 
 def _weight_rules(
