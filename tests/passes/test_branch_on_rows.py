@@ -104,7 +104,7 @@ def test_each_body_is_the_model_for_its_runs(parameters: dict[str, Any], k: int)
 
 @pytest.mark.parametrize("recipe", ["dynamic", "zeroquant"])
 def test_tokens_of_8_bits_run_in_blocks(recipe: str) -> None:
-    given_ = {"alpha": 0} if recipe == "zeroquant" else {}
+    given_: dict[str, Any] = {"alpha": 0} if recipe == "zeroquant" else {}
     model = two_layers()
     one, plain = compiled(model, recipe, **given_), compiled(model, recipe, bodies=1, **given_)
     few, many = bodies(one.model)
