@@ -8,14 +8,17 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from qgraph.backends.cuda.choice import PRODUCTS, choose
+from qgraph.backends.cuda.choice import PRODUCTS, Product, choose
 from qgraph.backends.cuda.driver import engine_of
 from qgraph.backends.cuda.packing import aligned
+from qgraph.backends.cuda.variants import ELEMENTS
 from qgraph.errors import QGraphError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from qgraph.backends.cuda.engine import Engine
 
 THREADS = 256
 """Of a block of `quantize` and of `epilogue`."""
@@ -28,13 +31,16 @@ def element(dtype: torch.dtype) -> str:
 
 
 def prepare(device: int, dtype: torch.dtype) -> None:
-    """Load every kernel that layers with activations of this type may call on a device.
+    """Load every kernel that layers with results of this type may call on a device; what they
+    quantize may be of any type, under autocast.
 
     Raises:
         QGraphError: the device or its driver is too old, or a compiler is needed and missing.
     """
     engine = engine_of(device)
-    for kernel in ("quantize", "epilogue", *(product.kernel for product in PRODUCTS)):
+    for read in ELEMENTS:
+        engine.load(f"quantize_{read}")
+    for kernel in ("epilogue", *(product.kernel for product in PRODUCTS)):
         engine.load(f"{kernel}_{element(dtype)}")
 
 
@@ -90,40 +96,31 @@ def int8_linear(
         return y
     engine = engine_of(device)
     product = choose(m, n, k, engine.arch, engine.multiprocessors)
+    multiply(engine, product, y, q, largest, w, scale, sums, bias, zero)
+    return y
+
+
+def multiply(
+    engine: Engine,
+    product: Product | None,
+    y: Tensor,
+    q: Tensor,
+    largest: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    sums: Tensor | None,
+    bias: Tensor | None,
+    zero: int,
+) -> None:
+    """Fill y by one of our products, or by the library's and the kernel for the rest."""
+    (m, k), n = q.shape, w.shape[0]
+    rest = (scale, largest, sums, bias, y)
     if product is None:
         import torch
 
+        grid = (m, -(-n // (THREADS * 4)))
         acc = torch._int_mm(q, w.t())
-        engine.run(
-            f"epilogue_{element(dtype)}",
-            (m, -(-n // (THREADS * 4))),
-            THREADS,
-            0,
-            acc,
-            scale,
-            largest,
-            sums,
-            bias,
-            y,
-            n,
-            zero - 128,
-        )
-        return y
-    engine.run(
-        f"{product.kernel}_{element(dtype)}",
-        product.grid(m, n),
-        product.threads,
-        product.shared,
-        q,
-        w,
-        scale,
-        largest,
-        sums,
-        bias,
-        y,
-        m,
-        n,
-        k,
-        zero - 128,
-    )
-    return y
+        engine.run(f"epilogue_{element(y.dtype)}", grid, THREADS, 0, acc, *rest, n, zero - 128)
+        return
+    kernel, grid = f"{product.kernel}_{element(y.dtype)}", product.grid(m, n)
+    engine.run(kernel, grid, product.threads, product.shared, q, w, *rest, m, n, k, zero - 128)

@@ -40,7 +40,8 @@ def counters(cases: Iterable[Case], changed: Changed) -> str:
 
 def _waste(case: Case, changed: Changed) -> str:
     engine = Emulated(changed=changed, watched=WEIGHTS if case.name.startswith("w8a8") else None)
-    case.run(engine)
+    if failure := case.failure(engine):
+        return failure
     seen = engine.counters
     waves = seen["shared_waves"] - seen["shared_ideal"]
     sectors = seen["global_sectors"] * 32 - seen["global_bytes"]

@@ -8,19 +8,12 @@ from unittest.mock import patch
 
 import torch
 
-from qgraph.backends.cuda import driver
+from qgraph.backends.cuda import driver, variants
 from qgraph.backends.cuda.driver import Driver
 from tests.cuda import build
 from tests.cuda.engines import launching_on
 
-KERNELS = (
-    *(f"{kind}_f32" for kind in ("quantize", "epilogue", "w8a8_64", "w8a8_128")),
-    *(f"w8a8_small_{t}_f32" for t in (1, 2, 4)),
-    "quantize_f16",
-    "w8a8_small_1_f16",
-    "w8a8_64_f16",
-)
-"""Those of a model in float32, and some."""
+KERNELS = (build.PRIMITIVES, *variants.KERNELS)
 STREAM = 77
 
 

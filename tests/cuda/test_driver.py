@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def launches_go_to_the_device_of_the_tensors() -> None:
 def all_kernels_of_a_type_are_loaded_before_a_capture() -> None:
     with stub_driver() as device:
         launches.prepare(-1, torch.float32)
-        assert {kernel for kernel in KERNELS if kernel.endswith("f32")} == set(device.functions)
+        wanted = {kernel for kernel in KERNELS if kernel.endswith("_f32")}
+        assert set(device.functions) == wanted | {"quantize_f16", "quantize_bf16"}
     with stub_driver(capturing=True) as device:
         with pytest.raises(QGraphError, match=r"quantize_f32 is not loaded: .* captured$"):
             device.load("quantize_f32")
@@ -71,8 +73,12 @@ def what_the_driver_refuses_is_said() -> None:
             device.run("quantize_f32", (1, 1), 256, 49153, *arguments)
         with pytest.raises(QGraphError, match=r"deadlock|divergence|live"):
             device.run("quantize_f32", (1, 1), 31, 32, *arguments)
-        with pytest.raises(QGraphError, match="named symbol not found"):
-            device.load("quantize_bf16")  # this stub has none
+        other = images.image("epilogue_f32", 90)
+        with (
+            patch.object(images, "image", lambda *_: other),
+            pytest.raises(QGraphError, match=r"^epilogue_bf16: named symbol not found"),
+        ):
+            device.load("epilogue_bf16")
         device.arch = 86
         with pytest.raises(
             QGraphError, match=r"w8a8_64_f32 on sm_86: no kernel image .* \(.* 209\)"
@@ -82,9 +88,9 @@ def what_the_driver_refuses_is_said() -> None:
 
 def _refusing(message: str, **settings: str) -> Callable[[], None]:
     def refused() -> None:
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as monkeypatch:
             for name, value in settings.items():
-                patch.setenv(f"QGRAPH_STUB_{name}", value)
+                monkeypatch.setenv(f"QGRAPH_STUB_{name}", value)
             with pytest.raises(QGraphError, match=message), stub_driver():
                 pass
 
@@ -92,12 +98,12 @@ def _refusing(message: str, **settings: str) -> Callable[[], None]:
 
 
 def there_is_no_driver_or_no_such_device() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "LIBRARY", "libcuda-missing.so")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(driver, "LIBRARY", "libcuda-missing.so")
         driver._library.cache_clear()
         with pytest.raises(QGraphError, match=r"no NVIDIA driver here .* run the model on the CPU"):
             engine_of(5)
-        patch.setattr(driver, "LIBRARY", str(build.stub(KERNELS)))
+        monkeypatch.setattr(driver, "LIBRARY", str(build.stub(KERNELS)))
         with pytest.raises(QGraphError, match=r"device 5: invalid device ordinal"):
             engine_of(5)
         assert engine_of(0) is engine_of(0)

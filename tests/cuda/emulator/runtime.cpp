@@ -232,6 +232,7 @@ static size_t watched_bytes;
 static unsigned char* watched_reads;
 void count_ldg(const void* p, int bytes, int line) {
   stats.global_bytes += bytes;
+  if (reinterpret_cast<uintptr_t>(p) % bytes) snprintf(error, sizeof error, "%d bytes misaligned at line %d", bytes, line);
   const size_t from = static_cast<const char*>(p) - watched;
   if (watched && from < watched_bytes)
     for (int b = 0; b < bytes; b++) watched_reads[from + b] += watched_reads[from + b] < 255;
