@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import qgraph.backends.cuda.ops  # noqa: F401 - registers them
 from qgraph.backends.cuda import images, launches, nvrtc
-from qgraph.backends.cuda.choice import PRODUCTS, SMALL, Product
+from qgraph.backends.cuda.choice import PRODUCTS, SMALL
 from qgraph.backends.cuda.driver import engine_of
 from tests.cuda.build import PRIMITIVES, text_of
 from tests.cuda.cases import Case, WrongAnswerError, cases
@@ -381,16 +381,18 @@ def crossover(gpu: Gpu, keep: Keep) -> Found:
             _, q, largest = weights.tokens(m)
             y = torch.empty(m, n, dtype=torch.float16, device=gpu.name)
 
-            choices: list[Product | None] = [p for p in PRODUCTS if p not in SMALL or m <= 128]
             row = {}
-            for product in choices + [None] * (m > 16):
-                head = (engine, product, y, q, largest)
+            for product in (p for p in PRODUCTS if p not in SMALL or m <= 128):
+                launch = (f"{product.kernel}_f16", product.grid(m, n), product.threads)
+                rest = (weights.scale, largest, None, None, y, m, n, k, 0)
                 calls: list[Call] = [
-                    partial(launches.multiply, *head, w, weights.scale, None, None, 128)
-                    for w in weights.int8
+                    partial(engine.run, *launch, product.shared, q, w, *rest) for w in weights.int8
                 ]
-                name = product.kernel if product else "library"
-                row[name] = attempt(partial(gpu.timed, calls))
+                row[product.kernel] = attempt(partial(gpu.timed, calls))
+            if m > 16:
+                library = partial(launches.multiply_by_library, engine, y, q, largest)
+                calls = [partial(library, w, weights.scale, None, None, 128) for w in weights.int8]
+                row["library"] = attempt(partial(gpu.timed, calls))
             found[f"{m} x {n} x {k}"] = row
             keep(found)
     return found

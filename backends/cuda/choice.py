@@ -5,7 +5,6 @@ On paper until a device has measured it (`benchmarks/cuda_first_contact.py`, sta
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 
@@ -40,7 +39,6 @@ uses `mma.sync` too.
 """
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(m: int, n: int, k: int, arch: int, multiprocessors: int) -> Product | None:
     """What multiplies m tokens by n channels of k columns; None for the library's product."""
     for small in SMALL:

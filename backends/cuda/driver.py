@@ -25,6 +25,9 @@ LEAST_CUDA = 12000
 """What a driver has to know to load cubins of NVRTC 12: those from 525 on do."""
 MULTIPROCESSORS, MAJOR, MINOR = 16, 75, 76
 """CUdevice_attribute."""
+SIZES, CONFIG = "7I4x", "QQI4x"
+"""Of a CUlaunchConfig: blocks, threads and shared memory; stream and attributes."""
+AFTER_SIZES = struct.calcsize(SIZES)
 
 
 @dataclass
@@ -40,7 +43,15 @@ class Driver:
     functions: dict[str, int] = field(default_factory=dict)
     """Handles of the kernels that are loaded."""
     loading: threading.Lock = field(default_factory=threading.Lock)
-    threads: threading.local = field(default_factory=threading.local)
+    frames: threading.local = field(default_factory=threading.local)
+
+    def __post_init__(self) -> None:
+        import torch
+
+        # What every launch calls, looked up once.
+        self.launch = self.library.cuLaunchKernelEx
+        self.current_device = torch._C._cuda_getDevice
+        self.current_stream = torch._C._cuda_getCurrentRawStream
 
     @classmethod
     def of_device(cls, device: int) -> Driver:
@@ -107,19 +118,22 @@ class Driver:
         Raises:
             QGraphError: the driver refuses.
         """
-        import torch
+        if self.current_device() != self.device:
+            import torch
 
-        if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
                 self.run(kernel, grid, threads, shared, *arguments)
             return
-        frame = self.threads.__dict__.get(kernel) or self._frame(kernel, arguments)
-        frame.fill(arguments)
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        x, y = grid
-        status = self.library.cuLaunchKernel(
-            frame.function, x, y, 1, threads, 1, 1, shared, stream, frame.addresses, None
-        )
+        frame = self.frames.__dict__.get(kernel) or self._frame(kernel, arguments)
+        if frame.sizes != (sizes := (grid, threads, shared)):
+            frame.resize(sizes)
+        n = frame.pointers
+        tensors: Any = arguments[:n]
+        frame.pack(
+            frame.memory, AFTER_SIZES, self.current_stream(self.device), 0, 0,
+            *[0 if t is None else t.data_ptr() for t in tensors], *arguments[n:],
+        )  # fmt: skip
+        status = self.launch(frame.config, frame.function, frame.addresses, None)
         if status:
             _check(self.library, status, kernel)
 
@@ -129,7 +143,7 @@ class Driver:
             self.load(kernel)
         self._enter()
         frame = Frame(self.functions[kernel], arguments)
-        setattr(self.threads, kernel, frame)
+        setattr(self.frames, kernel, frame)
         return frame
 
     def _enter(self) -> None:
@@ -154,41 +168,40 @@ def engine_of(device: int) -> Engine:
 
 
 class Frame:
-    """A kernel's arguments in memory: their values side by side, and the array of their addresses.
+    """A launch of a kernel in memory: a CUlaunchConfig, the arguments' values side by side, and the
+    array of their addresses.
 
     Made once for a kernel and a thread and filled for every launch: objects of ctypes made anew
-    cost three times as much.
+    cost three times as much. Pointers come before numbers.
     """
 
     def __init__(self, function: int, arguments: tuple[Argument, ...]) -> None:
         codes = [
             "f" if isinstance(a, float) else "i" if isinstance(a, int) else "Q" for a in arguments
         ]
-        layout = struct.Struct("".join(codes))
-        self.function, self.pack = function, layout.pack_into
-        self.values = ctypes.create_string_buffer(layout.size)
-        base = ctypes.addressof(self.values)
-        ends = [struct.calcsize("".join(codes[: n + 1])) for n in range(len(codes))]
+        self.pointers = codes.count("Q")
+        layout = struct.Struct(CONFIG + "".join(codes))
+        self.pack = layout.pack_into
+        self.memory = ctypes.create_string_buffer(AFTER_SIZES + layout.size)
+        self.sizes: tuple[tuple[int, int], int, int] | None = None
+        base, head = ctypes.addressof(self.memory), SIZES + CONFIG
+        ends = [struct.calcsize(head + "".join(codes[: n + 1])) for n in range(len(codes))]
         starts = (base + end - struct.calcsize(code) for code, end in zip(codes, ends, strict=True))
+        self.config, self.function = ctypes.c_void_p(base), ctypes.c_void_p(function)
         self.addresses = (ctypes.c_void_p * len(codes))(*starts)
 
-    def fill(self, arguments: tuple[Argument, ...]) -> None:
-        """Write the arguments of a launch."""
-        plain: list[Any] = [
-            a if isinstance(a, int | float) else 0 if a is None else a.data_ptr() for a in arguments
-        ]
-        self.pack(self.values, 0, *plain)
+    def resize(self, sizes: tuple[tuple[int, int], int, int]) -> None:
+        """Another grid, number of threads or shared memory than in the launch before."""
+        (x, y), threads, shared = self.sizes = sizes
+        struct.pack_into(SIZES, self.memory, 0, x, y, 1, threads, 1, 1, shared)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     try:
-        library = ctypes.CDLL(LIBRARY)
+        return ctypes.CDLL(LIBRARY)
     except OSError:
         raise QGraphError(f"no NVIDIA driver here ({LIBRARY}): run the model on the CPU") from None
-    pointer, count = ctypes.c_void_p, ctypes.c_uint
-    library.cuLaunchKernel.argtypes = [pointer, *[count] * 7, pointer, pointer, pointer]
-    return library
 
 
 def _attribute(library: ctypes.CDLL, attribute: int, device: int) -> int:

@@ -25,7 +25,8 @@ class Engine(Protocol):
     ) -> None:
         """Launch on the current stream and return at once.
 
-        Every int is a C int, every float a C float, every tensor a pointer, None a null pointer.
+        Every int is a C int, every float a C float; before them every tensor is a pointer and None
+        a null pointer.
         """
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from qgraph.backends.cuda.choice import PRODUCTS, Product, choose
+from qgraph.backends.cuda.choice import PRODUCTS, choose
 from qgraph.backends.cuda.driver import engine_of
 from qgraph.backends.cuda.packing import aligned
 from qgraph.backends.cuda.variants import ELEMENTS
@@ -48,13 +48,14 @@ def quantize_per_token(x: Tensor, step: float, zero: int, floor: float) -> tuple
     """x (..., K) to q int8 (M, K up to a multiple of 64) and largest float32 (M,)."""
     import torch
 
-    k = x.shape[-1]
-    m, ld = x.shape[:-1].numel(), aligned(k)
-    q = x.new_empty((m, ld), dtype=torch.int8)
-    largest = x.new_empty((m,), dtype=torch.float32)
+    shape = x.shape
+    k = shape[-1]
+    m, ld = x.numel() // k if k else shape[:-1].numel(), aligned(k)
+    q = torch.empty(m, ld, dtype=torch.int8, device=x.device)
+    largest = torch.empty(m, dtype=torch.float32, device=x.device)
     if m:
         engine_of(x.get_device()).run(
-            f"quantize_{element(x.dtype)}",
+            _quantizer(x.dtype),
             (m, 1),
             THREADS,
             THREADS // 32 * 4,
@@ -85,24 +86,45 @@ def int8_linear(
     Raises:
         QGraphError: the weights are on another device or of another width.
     """
-    (m, k), n, device = q.shape, w.shape[0], q.get_device()
-    if w.shape[1] != k or w.get_device() != device:  # a kernel would read what is not its own
+    import torch
+
+    (m, k), (n, columns), device = q.shape, w.shape, q.get_device()
+    if columns != k or w.get_device() != device:  # a kernel would read what is not its own
         raise QGraphError(
-            f"int8_linear: activations of {k} columns on {q.device}, weights of {w.shape[1]} on "
+            f"int8_linear: activations of {k} columns on {q.device}, weights of {columns} on "
             f"{w.device}: move both to one device, and pad weights as qgraph's modules do"
         )
-    y = q.new_empty((m, n), dtype=dtype)
+    y = torch.empty(m, n, dtype=dtype, device=q.device)
     if not m or not n:
         return y
     engine = engine_of(device)
-    product = choose(m, n, k, engine.arch, engine.multiprocessors)
-    multiply(engine, product, y, q, largest, w, scale, sums, bias, zero)
+    launch = _product(m, n, k, engine.arch, engine.multiprocessors, dtype)
+    if launch is None:
+        multiply_by_library(engine, y, q, largest, w, scale, sums, bias, zero)
+    else:
+        engine.run(*launch, q, w, scale, largest, sums, bias, y, m, n, k, zero - 128)
     return y
 
 
-def multiply(
+@functools.cache
+def _quantizer(dtype: torch.dtype) -> str:
+    return f"quantize_{element(dtype)}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _product(
+    m: int, n: int, k: int, arch: int, multiprocessors: int, dtype: torch.dtype
+) -> tuple[str, tuple[int, int], int, int] | None:
+    """What `choose` says, as a launch."""
+    product = choose(m, n, k, arch, multiprocessors)
+    if product is None:
+        return None
+    name = f"{product.kernel}_{element(dtype)}"
+    return name, product.grid(m, n), product.threads, product.shared
+
+
+def multiply_by_library(
     engine: Engine,
-    product: Product | None,
     y: Tensor,
     q: Tensor,
     largest: Tensor,
@@ -112,15 +134,11 @@ def multiply(
     bias: Tensor | None,
     zero: int,
 ) -> None:
-    """Fill y by one of our products, or by the library's and the kernel for the rest."""
-    (m, k), n = q.shape, w.shape[0]
-    rest = (scale, largest, sums, bias, y)
-    if product is None:
-        import torch
+    """Fill y by cuBLAS and a kernel for the rest."""
+    import torch
 
-        grid = (m, -(-n // (THREADS * 4)))
-        acc = torch._int_mm(q, w.t())
-        engine.run(f"epilogue_{element(y.dtype)}", grid, THREADS, 0, acc, *rest, n, zero - 128)
-        return
-    kernel, grid = f"{product.kernel}_{element(y.dtype)}", product.grid(m, n)
-    engine.run(kernel, grid, product.threads, product.shared, q, w, *rest, m, n, k, zero - 128)
+    m, n = y.shape
+    grid = (m, -(-n // (THREADS * 4)))
+    acc = torch._int_mm(q, w.t())
+    name = f"epilogue_{element(y.dtype)}"
+    engine.run(name, grid, THREADS, 0, acc, scale, largest, sums, bias, y, n, zero - 128)

@@ -18,13 +18,8 @@ STREAM = 77
 
 
 @contextmanager
-def stub_driver(current: int = 0, capturing: bool = False) -> Iterator[Driver]:
-    """A device whose driver is the stub; tensors of the CPU are launched on it.
-
-    Args:
-        current: torch's current device, where launches on another one must not go.
-        capturing: whether a CUDA graph is being captured.
-    """
+def without_cuda(current: int = 0, capturing: bool = False) -> Iterator[None]:
+    """Stand-ins for what of torch the driver calls."""
     devices = [current]
 
     @contextmanager
@@ -33,14 +28,25 @@ def stub_driver(current: int = 0, capturing: bool = False) -> Iterator[Driver]:
         yield
         devices.pop()
 
-    library = str(build.stub(KERNELS))
     with (
-        patch.object(driver, "LIBRARY", library),
         patch.object(torch._C, "_cuda_getDevice", lambda: devices[-1], create=True),
         patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: STREAM, create=True),
         patch.object(torch.cuda, "device", device),
         patch.object(torch.cuda, "is_current_stream_capturing", lambda: capturing),
     ):
+        yield
+
+
+@contextmanager
+def stub_driver(current: int = 0, capturing: bool = False) -> Iterator[Driver]:
+    """A device whose driver is the stub; tensors of the CPU are launched on it.
+
+    Args:
+        current: torch's current device, where launches on another one must not go.
+        capturing: whether a CUDA graph is being captured.
+    """
+    library = str(build.stub(KERNELS))
+    with without_cuda(current, capturing), patch.object(driver, "LIBRARY", library):
         driver._library.cache_clear()
         made = Driver.of_device(0)
         with launching_on(made):

@@ -18,6 +18,11 @@ enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_IMAGE = 200
 enum { NO_BINARY_FOR_GPU = 209, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
 struct Module { const unsigned char* image; };
 struct Function { std::string name; };
+struct LaunchConfig {  // as cuda.h has it
+  unsigned gx, gy, gz, bx, by, bz, shared;
+  void *stream, *attributes;
+  unsigned count;
+};
 
 static unsigned setting(const char* name, unsigned otherwise) {
   const char* value = getenv(name);
@@ -88,9 +93,10 @@ int cuModuleGetFunction(Function** function, Module* module, const char* name) {
   *function = new Function{name};
   return SUCCESS;
 }
-int cuLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                   void* stream, void** arguments, void**) {
+int cuLaunchKernelEx(const LaunchConfig* config, Function* f, void** arguments, void**) {
   static const bool idle = setting("QGRAPH_STUB_IDLE", 0);
+  const auto [gx, gy, gz, bx, by, bz, shared, stream, attributes, count] = *config;
+  if (attributes || count) return INVALID_VALUE;
   if (!context) return INVALID_CONTEXT;
   if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || !bx || !by || !bz || bx * by * bz > 1024) return INVALID_VALUE;
   if (shared > 48 * 1024) return INVALID_VALUE;
