@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qgraph.api import compile, load_module, prepare_qat
+    from qgraph.api import apply, compile, load_module, prepare_qat
     from qgraph.compiled import CompiledModel
     from qgraph.errors import QGraphError
     from qgraph.graph.annotation import Stage
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qgraph.torch.from_module import trace
 
 _HOME = {
+    "apply": "api",
     "compile": "api",
     "CompiledModel": "compiled",
     "Context": "pipeline.context",
@@ -73,6 +74,7 @@ __all__ = [
     "Stage",
     "Target",
     "Verdict",
+    "apply",
     "compile",
     "load",
     "load_module",

@@ -111,7 +111,36 @@ def compile(
     )
     compiled.open_session = aim.open_session
     compiled.to_module = getattr(aim, "to_module", None)
+    compiled.apply = getattr(aim, "apply", None)
     return compiled
+
+
+def apply(compiled: CompiledModel, module: torch.nn.Module) -> Any:
+    """Replace the linear layers of a torch module by those of the model compiled from it, in place.
+
+    ::
+
+        model = qgraph.trace(module, example, shapes)
+        compiled = qgraph.compile(model, "smoothquant", calibration=feeds, target="cuda")
+        report = qgraph.apply(compiled, module)
+        module.generate(...)                                # as ever
+
+    Layers are found by the names that traced graphs remember. Parameters of others that the recipe
+    has changed, such as smoothed norms, are copied. Nothing of the replaced float weights is left.
+
+    Args:
+        compiled: for a target with torch modules, such as `cuda`.
+        module: of transformers or any other; it keeps its device and its float type.
+
+    Returns:
+        the names of quantized `layers` and of copied `parameters`; it prints as a summary.
+
+    Raises:
+        QGraphError: the module is another one, or has been quantized before; it is unchanged then.
+    """
+    if compiled.apply is None or compiled.source is None:
+        raise QGraphError(f"target '{compiled.target}' has no layers for torch: compile for cuda")
+    return compiled.apply(compiled.model, compiled.source, module)
 
 
 def load_module(path: str | Path, device: Any = "cpu") -> torch.nn.Module:

@@ -36,6 +36,7 @@ class CompiledModel:
         source: the float model it came from, or None.
         open_session: how its target opens sessions; `compile` puts that here.
         to_module: how its target makes a torch module of it, None if it does not.
+        apply: how its target puts its layers into the module that `source` was traced from.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class CompiledModel:
         self.target = target
         self.open_session: OpenSession = open_session
         self.to_module: Callable[[ir.Model], torch.nn.Module] | None = None
+        self.apply: Callable[[ir.Model, ir.Model, torch.nn.Module], Any] | None = None
 
     @cached_property
     def session(self) -> Any:

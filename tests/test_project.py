@@ -170,7 +170,7 @@ def _needs_torch(source: str) -> bool:
     return any(re.match(r"torch\b|qgraph\.(torch|training)\b", name) for name in loaded)
 
 
-TORCH_OUTSIDE = ("backends.cuda.ops", "backends.cuda.modules")
+TORCH_OUTSIDE = ("backends.cuda.apply", "backends.cuda.modules", "backends.cuda.ops")
 """What a target has of torch, which it loads when it makes a module."""
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 import qgraph.backends.cuda.ops  # noqa: F401 - registers them
 
-__all__ = ["Compiled", "Int8Linear", "QuantizePerToken", "layers"]
+__all__ = ["Compiled", "Int8Linear", "QuantizePerToken", "QuantizedLinear", "layers"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """What kernels read and write."""
@@ -135,6 +135,59 @@ class Int8Linear(nn.Module):
         return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
 
+class QuantizedLinear(nn.Module):
+    """A linear layer with an int8 product, and what a recipe has put before and beside that.
+
+    ::
+
+        x ── Mul(factor) ─┬─ Mul(mask) ── quantize ── product ─ Add ── Add(bias) ── y
+                          └─ columns ── rows ───────────────────┘
+
+    Args:
+        quantize, product: of the tokens, and with the weight.
+        factor: float (K,), what no norm before it could absorb of a smoothing.
+        columns, rows: int64 (outliers,) and float (outliers, N): channels multiplied in float.
+        mask: float (K,), zeros at those channels.
+        bias: float (N,), where the product does not add it.
+    """
+
+    factor: Tensor | None
+    mask: Tensor | None
+    columns: Tensor | None
+    rows: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        quantize: QuantizePerToken,
+        product: Int8Linear,
+        factor: Tensor | None = None,
+        mask: Tensor | None = None,
+        columns: Tensor | None = None,
+        rows: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.quantize, self.product = quantize, product
+        self.in_features, self.out_features = product.columns, product.channels
+        for name, value in (("factor", factor), ("mask", mask), ("columns", columns),
+                            ("rows", rows), ("bias", bias)):  # fmt: skip
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) to (..., N)."""
+        if x.shape[-1] != self.in_features:
+            raise QGraphError(
+                f"'{self.product.name}' takes {self.in_features} columns and got {x.shape[-1]}"
+            )
+        if self.factor is not None:
+            x = x * self.factor
+        y: Tensor = self.product(*self.quantize(x if self.mask is None else x * self.mask))
+        if self.columns is not None and self.rows is not None:
+            y = y + x.index_select(-1, self.columns) @ self.rows
+        return y if self.bias is None else y + self.bias
+
+
 class Compiled(fx.GraphModule):
     """A lowered model: it asks a device before anything moves there, and runs in its precision.
 
@@ -188,10 +241,6 @@ def layers(precision: torch.dtype | None) -> dict[tuple[str, str], Callable[[ir.
     """
     made: dict[tuple[ir.Value | None, ...], Int8Linear] = {}
 
-    def quantizer(node: ir.Node) -> nn.Module:
-        step, zero, floor = (constant_array(value) for value in node.inputs[1:])
-        return QuantizePerToken(float(step), int(zero), float(floor), node_name(node))
-
     def linear(node: ir.Node) -> nn.Module:
         held = tuple(node.inputs[2:])
         if held not in made:
@@ -200,14 +249,20 @@ def layers(precision: torch.dtype | None) -> dict[tuple[str, str], Callable[[ir.
         return made[held]
 
     return {
-        (DOMAIN, QUANTIZE_PER_TOKEN): quantizer,
+        (DOMAIN, QUANTIZE_PER_TOKEN): quantize_per_token,
         (DOMAIN, INT8_LINEAR): linear,
         (DOMAIN, INT8_LINEAR_WITH_BIAS): linear,
     }
 
 
-def int8_linear(node: ir.Node) -> Int8Linear:
-    """The module of a call.
+def quantize_per_token(node: ir.Node) -> QuantizePerToken:
+    """The module of a call."""
+    step, zero, floor = (constant_array(value) for value in node.inputs[1:])
+    return QuantizePerToken(float(step), int(zero), float(floor), node_name(node))
+
+
+def int8_linear(node: ir.Node, rows: slice = slice(None)) -> Int8Linear:
+    """The module of a call, or of some of its channels.
 
     Raises:
         ModelError: its constants are missing, of other sizes, or not finite.
@@ -221,6 +276,7 @@ def int8_linear(node: ir.Node) -> Int8Linear:
         raise ModelError(damaged.format("its tensors do not fit each other"))
     if not all(np.isfinite(part).all() for part in (scale, *bias)):
         raise ModelError(damaged.format("its scales or its bias are not finite"))
-    made = Int8Linear(weight, scale, int(zero), bias[0] if bias else None, name)
+    shift = bias[0][rows] if bias else None
+    made = Int8Linear(weight[rows], scale[rows], int(zero), shift, name)
     release(node.inputs[2])
     return made

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph.backends.cuda.lowering import lower_to_functions
 from qgraph.backends.cuda.precision import narrow_products, without_casts
-from qgraph.errors import ModelError
+from qgraph.errors import ModelError, QGraphError
 from qgraph.graph.ops import lowest_value
 from qgraph.graph.sites import Site
 from qgraph.io.session import open_session
@@ -20,6 +20,8 @@ from qgraph.pipeline.target import TARGET, Verdict
 
 if TYPE_CHECKING:
     import torch
+
+    from qgraph.backends.cuda.apply import Applied
 
 _ELSEWHERE = {
     "conv": "convolutions have no int8 kernel here: target cpu has them, with recipe static",
@@ -92,6 +94,17 @@ class CudaTarget:
             precision, model = torch_dtype(self.precision), without_casts(model)
         raised = raise_model(model, layers(precision))
         return Compiled(raised, raised.graph, precision).eval().requires_grad_(False)
+
+    def apply(self, model: ir.Model, source: ir.Model, module: torch.nn.Module) -> Applied:
+        """Put the lowered model's layers into the module it was traced from: `qgraph.apply`."""
+        if self.precision is not None:
+            raise QGraphError(
+                f"modules keep their own float type, not that of target '{self.name}': "
+                "compile for cuda"
+            )
+        from qgraph.backends.cuda.apply import apply
+
+        return apply(model, source, module)
 
 
 def _lacking(site: Site, activation: QuantSpec | None, weight: QuantSpec) -> str | None:
