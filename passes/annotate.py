@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from itertools import product
 from typing import ClassVar, Literal, get_args
 
-import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import PipelineError
@@ -28,16 +27,12 @@ from qgraph.graph.annotation import (
 from qgraph.graph.einsum import product_of
 from qgraph.graph.fused_products import why_fused
 from qgraph.graph.islands import Cost, settle, size
-from qgraph.graph.ops import FLOATS, LINEAR
+from qgraph.graph.ops import LINEAR
 from qgraph.graph.reading import (
-    constant,
-    constant_array,
-    dims,
     is_op,
     node_name,
     nodes,
     opset,
-    release,
 )
 from qgraph.graph.sites import (
     CONVOLUTIONS,
@@ -54,7 +49,6 @@ from qgraph.numerics.spec import (
     PER_TOKEN,
     WEIGHT,
     PerTensor,
-    PerToken,
     QuantSpec,
     RangeMethod,
     describe,
@@ -65,6 +59,7 @@ from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
 from qgraph.pipeline.target import Verdict
 from qgraph.weights import formats
+from qgraph.weights.unfit import infinite_bias, too_old, unfit
 
 Scheme = Literal["static", "dynamic"]
 _USUAL: tuple[RangeMethod, RangeMethod] = ("mse", "minmax")
@@ -136,10 +131,6 @@ _ATTENTION = "both operands are computed: quantizing them costs more than the pr
 _RECURRENT = (
     "recurrent: errors of its weights add up over time steps, and the target has no faster kernel"
 )
-PER_CHANNEL, INTEGER_PRODUCTS = 13, 10
-"""The opsets that brought DequantizeLinear with an axis, and MatMulInteger."""
-SMALL_TABLE = 1 << 16
-"""A lookup table of fewer bytes is not worth quantizing."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +221,7 @@ class Annotate(Pass):
             why = rule.why if rule else "no rule of the recipe covers it"
             self.remark(context, site, "float", why)
             return
-        if reason := _unfit(site):
+        if reason := unfit(site):
             self.remark(context, site, "float", reason)
             return
         reasons: dict[QuantSpec, str] = {}
@@ -242,9 +233,9 @@ class Annotate(Pass):
                 break
             if inside and activation is not None and not activation.dynamic:
                 verdict = Verdict(False, "calibration cannot look into bodies of control flow")
-            elif old := _too_old(site, activation, version):
-                verdict = Verdict(False, old)
-            elif lacking := formats.of(weight).fits(weight, site, activation, version):
+            elif (
+                lacking := too_old(site, activation, version) or infinite_bias(site, activation)
+            ) or (lacking := formats.of(weight).fits(weight, site, activation, version)):
                 verdict = Verdict(False, lacking)
             else:
                 verdict = context.target.supports(site, activation, weight)
@@ -316,40 +307,6 @@ def _weigh_convolutions(asking: Annotate, model: ir.Model, context: Context) -> 
         why = "int8 here would cost more in conversions around it than its kernel saves"
         numbers = verdicts[site.name].numbers
         asking.remark(context, site, "float", why, **numbers)
-
-
-def _too_old(site: Site, activation: QuantSpec | None, version: int) -> str | None:
-    """Why a model whose opset could not be raised cannot say it; products of integers are older."""
-    by_token = activation is not None and isinstance(activation.granularity, PerToken)
-    if version >= PER_CHANNEL or (by_token and site.is_product and version >= INTEGER_PRODUCTS):
-        return None
-    return f"opset {version} has no scales for channels, and could not become {PER_CHANNEL}"
-
-
-def _unfit(site: Site) -> str | None:
-    """Why this site's own shape or dtype rules quantization out, or None."""
-    tensor = constant(site.weight)
-    if tensor is None:
-        return "both operands are computed: it has no weight"
-    if tensor.dtype not in FLOATS[:3]:
-        return f"its weight is {tensor.dtype.name}, which no integer kernel replaces"
-    if site.kind == "gather" and tensor.nbytes < SMALL_TABLE:
-        return "its table is too small to matter"
-    if site.kind == "gather" and site.axis != 0:
-        return "it gathers along an inner axis, where rows do not keep a scale of their own"
-    if site.kind != "gather" and not dims(site.weight):
-        return "its weight has no shape"
-    if not _finite(site.weight):
-        return "its weight holds infinities or NaN, which no integer stands for"
-    return None
-
-
-def _finite(weight: ir.Value) -> bool:
-    """Whether every element is finite; a table that masks attention is not."""
-    w = constant_array(weight)
-    finite = bool(np.isfinite(w.min()) and np.isfinite(w.max()))
-    release(weight)
-    return finite
 
 
 def _join(node: ir.Node, activation: QuantSpec) -> None:

@@ -97,7 +97,10 @@ class GPTQ(Pass):
             step, sites = numbered
             if not walks[0].at:
                 _resume(walks, resumable.state(), step)
-            gram, cross = _gram_matrices(walks, step, masks)
+            gram, cross, alone = _gram_matrices(walks, step, masks)
+            if alone:
+                message = "rounded data takes other ways in some feeds: taken as it is there"
+                self.remark(context, sites, "note", message, feeds=alone)
             return _arrays(self._rounded(sites, gram, cross, context))
 
         numbered = list(enumerate(groups.values()))
@@ -160,8 +163,11 @@ class GPTQ(Pass):
 
 def _gram_matrices(
     walks: Sequence[Walk], step: int, masks: Sequence[np.ndarray | None]
-) -> tuple[Matrix, Matrix]:
+) -> tuple[Matrix, Matrix, int]:
     """Those of the data at a stop, in the float model and in the rounded one.
+
+    Where data is sent different ways, such as to experts, rounded data may go another one: tokens
+    are no pairs then, and count as if they were meant. Returns also how many feeds have such.
 
     Raises:
         CalibrationError: they are not finite.
@@ -169,10 +175,12 @@ def _gram_matrices(
     for walk in walks:
         walk.go_to(step)
     meant, seen = (walk.advance() for walk in walks)
-    gram, cross = gram_matrices(meant, seen, masks)
+    paired = [a if a.shape == b.shape else b for a, b in zip(meant, seen, strict=True)]
+    alone = sum(a.shape != b.shape for a, b in zip(meant, seen, strict=True))
+    gram, cross = gram_matrices(paired, seen, masks)
     if not np.isfinite([gram, cross]).all():
         raise not_finite(f"'{walks[0].pieces[step].stop.name}'")
-    return gram, cross
+    return gram, cross, alone
 
 
 def _to_nearest(site: Site, context: Context) -> Quantized:

@@ -27,6 +27,7 @@ from qgraph.numerics.spec import PER_TOKEN, PerTensor, QuantSpec, describe
 from qgraph.numerics.stats import Stats, find_range, token_sqnr_db
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import Contract, Pass
+from qgraph.weights.unfit import SMALLEST_SPAN
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ class GuardStatic(Pass):
             self.remark(context, site, "float", UNREACHED)
             return True
         if stats.token_power is None:
-            return False
+            if dynamic or not 0 < max(-stats.low, stats.high) < SMALLEST_SPAN:
+                return False
+            retract(site)
+            self.remark(context, site, "float", _SMALL)
+            return True
         # Others may have a say in a fixed scale too; a run is taken to hold the extremes of all.
         spec = spec.with_(observer="minmax") if dynamic else static_spec(site.x) or spec
         low, high = find_range(stats, spec)
@@ -105,10 +110,15 @@ class GuardStatic(Pass):
         if all(s.count for s in stats):
             spans = [span for s in stats if (span := max(-s.low, s.high)) > 0]  # any scale holds 0
             ratio = max(spans, default=1.0) / min(spans, default=1.0)
-            if not is_op(node, "Add", "Concat", "Where") or ratio <= self.max_ratio:
+            small = min(spans, default=1.0) < SMALLEST_SPAN
+            joins = is_op(node, "Add", "Concat", "Where")
+            if not small and (not joins or ratio <= self.max_ratio):
                 return False
             why = "kept float: its inputs have ranges too different for one scale"
-            numbers = {"ratio": ratio}
+            why, numbers = (_SMALL, {}) if small else (why, {"ratio": ratio})
         retract_node(node)
         context.remark("declined", self.name, node_name(node), node.op_type, why, **numbers)
         return True
+
+
+_SMALL = f"kept float: its data stays below {SMALLEST_SPAN:.1g}, where scales lose their precision"

@@ -12,7 +12,7 @@ from qgraph.graph.flow.tokens import same_tokens
 from qgraph.graph.functions import QUANTIZE_PER_TOKEN, is_call
 from qgraph.graph.reading import MICROSOFT, array, dims, input_of, is_op, nodes, opset, producer
 from qgraph.graph.sites import only_user
-from qgraph.numerics.reference import SMALLEST_SCALE
+from qgraph.numerics.tokens import SMALLEST_TOKEN
 
 BLOCKED = 21
 """From this opset on, QuantizeLinear takes a scale for each block."""
@@ -52,7 +52,7 @@ def defer_scales(model: ir.Model) -> bool:
         gating, floor = producer(quantizer, 0), array(quantizer.inputs[3])
         if not is_op(gating, "Mul") or only_user(gating.outputs[0]) is None:
             continue
-        if floor is None or floor > SMALLEST_SCALE:
+        if floor is None or floor > SMALLEST_TOKEN:
             continue  # the floor bounds magnitudes that include the one to be deferred
         for index in range(len(gating.inputs)):
             scaling = producer(gating, index)
@@ -95,7 +95,7 @@ def _lower(
         reduced = {"axes": [-1]}
         largest = add("ReduceMax", magnitude.outputs, base=f"{base}_max", attributes=reduced)
     lowest = array(floor)
-    if lowest is None or lowest > SMALLEST_SCALE:
+    if lowest is None or lowest > SMALLEST_TOKEN:
         largest = add("Max", [largest.outputs[0], floor], base=f"{base}_floored")
     width = dims(x)[-1] if len(dims(x)) > 1 else None  # blocks need a second axis
     if opset(model) >= BLOCKED and width is not None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from qgraph.numerics.reference import (
-    SMALLEST_SCALE,
     Float,
     Int,
     dequantize,
@@ -34,7 +33,9 @@ class TokenGrid:
     floor: np.float32
 
 
-SYMMETRIC_GRID = TokenGrid(np.float32(1 / 127), 128, SMALLEST_SCALE)
+SMALLEST_TOKEN = np.float32(2.0**-110)
+"""A token of zeros gets this magnitude: a 255th of it is still a normal float32."""
+SYMMETRIC_GRID = TokenGrid(np.float32(1 / 127), 128, SMALLEST_TOKEN)
 """For values of either sign: 128 ± 127."""
 _NEGATIVE_LEVELS = 32
 
@@ -48,7 +49,7 @@ def token_grid(lowest: float | None) -> TokenGrid:
     if lowest is None or lowest < -1:
         return SYMMETRIC_GRID
     zero = _NEGATIVE_LEVELS if lowest < 0 else 0
-    floor = max(-lowest * (255 - zero) / max(zero, 1), float(SMALLEST_SCALE))
+    floor = max(-lowest * (255 - zero) / max(zero, 1), float(SMALLEST_TOKEN))
     return TokenGrid(np.float32(1 / (255 - zero)), zero, np.float32(floor))
 
 
@@ -87,7 +88,7 @@ def round_in_blocks(x: Float, size: int) -> Float:
     spare = -x.shape[-1] % size
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)])
     blocks = padded.reshape(-1, size)
-    largest = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True), SMALLEST_SCALE)
+    largest = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True), SMALLEST_TOKEN)
     scale = (largest * np.float32(1 / 127)).astype(np.float32)
     rounded: Float = (np.rint(blocks / scale) * scale).astype(np.float32)
     return rounded.reshape(padded.shape)[..., : x.shape[-1]]

@@ -30,6 +30,8 @@ class Block:
             not reach.
         counts: of each feed, what the squared error of each output counts, which broadcasts.
         power: of each output, that of its targets, the mean over the feeds.
+        unpaired: feeds that were left out of the loss, as their outputs have other shapes than
+            their targets.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Block:
         ]
         signals = [self._signals(feed) for feed in range(len(self.targets))]
         self.power = torch.stack(signals).mean(0)
+        self.unpaired: set[int] = set()
 
     def _signals(self, feed: int) -> Tensor:
         """Of each output that the weights reach, the power of its target."""
@@ -86,11 +89,14 @@ class Block:
     def _of(self, weights: Sequence[Tensor], feed: int) -> Tensor:
         outputs = self.module(*self.seen[feed], *weights)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        noise = [
-            _sum(count, y.float() - t)
-            for y, t, count in zip(outputs, self.targets[feed], self.counts[feed], strict=True)
-            if t is not None
-        ]
+        noise = []
+        for y, t, count in zip(outputs, self.targets[feed], self.counts[feed], strict=True):
+            if t is None:
+                continue
+            if y.shape != t.shape:  # tokens that were sent other ways than in the float model
+                self.unpaired.add(feed)
+                return torch.stack([w.sum() for w in weights]).sum() * 0
+            noise.append(_sum(count, y.float() - t))
         return (torch.stack(noise) / self.power)[self.power > 0].mean()
 
     @torch.no_grad()

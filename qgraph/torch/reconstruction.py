@@ -222,6 +222,9 @@ def _learned(
         weights.append(method.start(w, weight, annotated_weight_spec(site)))
         release(site.weight)
     plain = block.error(nearest)
+    if len(block.unpaired) == len(block.seen):
+        why = "rounded data takes other ways through the model"
+        return _Outcome(nearest, "declined", f"rounded to nearest: {why}")
     if plain:
         method.learn(block, weights, plain, context.seed)
     learned = [weight.integers() for weight in weights]

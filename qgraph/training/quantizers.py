@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
 import numpy as np
@@ -104,8 +105,11 @@ class DataQuantizer(nn.Module):
     def freeze(self) -> None:
         """Choose the first scale."""
         seen = self.sample[: min(int(self.count), SAMPLES)].cpu().numpy()
-        if self.spec.observer == "minmax" and self.spec.width == 8:
-            low, high = (np.float32(bound.item()) for bound in (self.low, self.high))
+        low, high = (np.float32(bound.item()) for bound in (self.low, self.high))
+        silent = low == high == 0
+        if silent or (self.spec.observer == "minmax" and self.spec.width == 8):
+            # A residual branch whose last layer starts at 0 has no range yet: that of 1 learns.
+            low, high = (np.float32(-1), np.float32(1)) if silent else (low, high)
             scale, zero = scale_zero_point(low, high, self.spec)
         else:
             (scale,), (zero,) = first_scales(seen[np.newaxis], self.spec)
@@ -181,6 +185,10 @@ class WeightQuantizer(nn.Module):
     def freeze(self, w: Tensor) -> None:
         """Choose the first scales."""
         array = w.detach().cpu().numpy()
+        if not array.any():  # a layer that starts at 0: as if it had the weights of other layers
+            usual = self.spec.qmax * math.sqrt(array.size / max(self.outputs, 1))
+            self.start.fill_(1 / max(usual, 1))
+            return
         kind = self.spec.granularity
         scale, zero = (
             torch.from_numpy(a) for a in first_scales(rows_of(array, self.spec), self.spec)

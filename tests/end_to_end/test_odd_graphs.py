@@ -263,3 +263,110 @@ def test_an_input_that_masks_with_infinities(recipe: str, tmp_path: Path) -> Non
     mask[:, 40:] = -np.inf
     feed = {"x": normal(4, 64), "mask": mask}
     check(model, written(model, tmp_path, recipe, "onnx", [feed]), [feed], 10)
+
+
+# --- values at the edge ---------------------------------------------------------------------------
+
+
+def scaled(tensor: ir.TensorProtocol, factor: float) -> ir.TensorProtocol:
+    return ir.Tensor((tensor.numpy() * np.float64(factor)).astype(np.float32), name=tensor.name)
+
+
+@pytest.mark.parametrize("recipe", ["dynamic", "rtn", "static", "gptq", "awq", "nf4"])
+@pytest.mark.parametrize("factor", [1e-44, 1e-38, 1e-20, 1e30])
+def test_weights_of_extreme_size(factor: float, recipe: str, tmp_path: Path) -> None:
+    text = "m (float[b,64] x) => (float[b,48] y) { y = MatMul(x, w) }"
+    model = build(text, scaled(weight("w", 64, 48), factor))
+    feed = {"x": normal(8, 64)}
+    compiled = qgraph.compile(model, recipe, [feed], "onnx")
+    check(model, compiled.save(tmp_path / "out.onnx"), [feed], 15)
+    (verdict,) = compiled.remarks.verdicts().values()
+    assert verdict.kind == "float"
+    assert ("are all below" if factor < 1 else "weights above") in verdict.message
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu:avx2"])
+@pytest.mark.parametrize("recipe", ["dynamic", "static"])
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_data_of_extreme_size(factor: float, recipe: str, target: str, tmp_path: Path) -> None:
+    model = build(
+        """m (float[b,8,6,6] x) => (float[b,p,6,6] c, float[b,8,6,16] y) {
+            small = Mul(x, s)
+            c = Conv <pads = [1, 1, 1, 1]> (small, k)
+            y = MatMul(small, w)
+        }""",
+        weight("k", 8, 8, 3, 3),
+        weight("w", 6, 16),
+        ir.Tensor(np.array([factor], np.float32), name="s"),
+    )
+    feed = {"x": normal(2, 8, 6, 6)}
+    check(model, written(model, tmp_path, recipe, target, [feed]), [feed], 25)
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu:avx2"])
+def test_infinities_in_a_bias_and_in_a_weight(target: str, tmp_path: Path) -> None:
+    bias = weight("b", 48).numpy().copy()
+    bias[[3, 7]] = -np.inf
+    kernel = weight("k", 4, 3, 3, 3).numpy().copy()
+    kernel[2, 1, 0, 0] = np.inf
+    model = build(
+        """m (float[n,64] x, float[n,3,6,6] z) => (float[n,48] y, float[n,4,4,4] c) {
+            y = Gemm(x, w, b)
+            c = Conv(z, k)
+        }""",
+        weight("w", 64, 48),
+        ir.Tensor(bias, name="b"),
+        ir.Tensor(kernel, name="k"),
+    )
+    feed = {"x": normal(4, 64), "z": np.abs(normal(4, 3, 6, 6)) + 0.1}
+    file = written(model, tmp_path, "static", target, [feed])
+    for optimized in LEVELS:
+        y, c = session(str(file), optimized).run(None, feed)
+        assert np.isneginf(y[:, [3, 7]]).all()
+        assert np.isposinf(c[:, 2]).all()
+        assert np.isfinite(np.delete(y, [3, 7], 1)).all()
+
+
+# --- data that is sent different ways -------------------------------------------------------------
+
+
+def routed(experts: int = 3) -> ir.Model:
+    """A router sends each token to one expert, whose result goes where the token was."""
+    lines = ["h = MatMul(x, w)", "l = MatMul(h, router)"]
+    lines += ["way = ArgMax <axis = 1, keepdims = 0> (l)", "s0 = Mul(h, zero)"]
+    tensors = [weight("w", 16, 16), weight("router", 16, experts)]
+    tensors.append(ir.Tensor(np.zeros(1, np.float32), name="zero"))
+    for e in range(experts):
+        tensors += [weight(f"up{e}", 16, 32), weight(f"down{e}", 32, 16)]
+        tensors.append(ir.Tensor(np.array(e, np.int64), name=f"n{e}"))
+        lines += [
+            f"is{e} = Equal(way, n{e})",
+            f"at{e} = NonZero(is{e})",
+            f"i{e} = Transpose <perm = [1, 0]> (at{e})",
+            f"t{e} = GatherND(h, i{e})",
+            f"u{e} = MatMul(t{e}, up{e})",
+            f"r{e} = Relu(u{e})",
+            f"d{e} = MatMul(r{e}, down{e})",
+            f"s{e + 1} = ScatterND(s{e}, i{e}, d{e})",
+        ]
+    lines.append(f"y = Identity(s{experts})")
+    text = "m (float[n,16] x) => (float[n,16] y) {\n" + "\n".join(lines) + "\n}"
+    return build(text, *tensors)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [("gptq", {}), ("adaround", {"steps": 2}), ("autoround", {"steps": 2}), ("awq", {})],
+)
+def test_tokens_that_rounding_sends_elsewhere(
+    recipe: str, parameters: dict[str, int], tmp_path: Path
+) -> None:
+    if recipe.endswith("round"):
+        pytest.importorskip("torch")
+    feeds = [{"x": normal(64, 16, seed=seed)} for seed in range(2)]
+    file = written(routed(), tmp_path, recipe, "cpu:avx2", feeds, **parameters)
+    check(routed(), file, feeds, 0)
+    for optimized in LEVELS:  # no tokens at all, and experts to which none are sent
+        for few in (0, 1):
+            (y,) = session(str(file), optimized).run(None, {"x": normal(few, 16)})
+            assert y.shape == (few, 16)

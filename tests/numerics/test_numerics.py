@@ -33,6 +33,7 @@ from qgraph.numerics.reference import (
 from qgraph.numerics.saturation import can_saturate, quantize_unsaturated, repair_saturation
 from qgraph.numerics.spec import PerTensor, QuantSpec
 from qgraph.numerics.tokens import (
+    SMALLEST_TOKEN,
     SYMMETRIC_GRID,
     TokenGrid,
     dequantize_per_token,
@@ -309,7 +310,7 @@ def test_the_levels_reach_the_lowest_value_in_any_token(lowest: float) -> None:
 
 
 def test_grids_of_known_bounds() -> None:
-    assert token_grid(0.0) == TokenGrid(np.float32(1 / 255), 0, SMALLEST_SCALE)
+    assert token_grid(0.0) == TokenGrid(np.float32(1 / 255), 0, SMALLEST_TOKEN)
     gelus = token_grid(-0.17)
     assert (gelus.zero, gelus.step) == (32, np.float32(1 / 223))
     assert gelus.floor * gelus.step * 32 == pytest.approx(0.17)
@@ -348,7 +349,7 @@ channels = hnp.arrays(np.float32, 6, elements=st.floats(-1e4, 1e4, width=32))
 def test_no_bias_overflows_once_weight_scales_are_raised(
     bias: np.ndarray, x_scale: float, w_scale: np.ndarray
 ) -> None:
-    w_scale = np.maximum(w_scale, SMALLEST_SCALE)
+    w_scale = np.maximum(w_scale, SMALLEST_TOKEN)
     raised = weight_scale_for_bias(w_scale, np.float32(x_scale), bias)
     assert (raised >= w_scale).all()
     q, scale = quantize_bias(bias, np.float32(x_scale), raised)
@@ -360,7 +361,7 @@ def test_no_bias_overflows_once_weight_scales_are_raised(
 
 
 def test_a_dead_channel_of_a_dead_input_has_a_usable_bias_scale() -> None:
-    dead = np.full(2, SMALLEST_SCALE)
+    dead = np.full(2, SMALLEST_TOKEN)
     bias = np.array([0.0, 0.5], np.float32)
     raised = weight_scale_for_bias(dead, SMALLEST_SCALE, bias)
     q, scale = quantize_bias(bias, SMALLEST_SCALE, raised)

@@ -14,11 +14,12 @@ from qgraph.errors import PipelineError, QGraphError
 from qgraph.graph.annotation import IN, SPEC
 from qgraph.graph.sites import Site, sites
 from qgraph.numerics.spec import PER_RUN, PerAxis, PerBlock, PerTensor, QuantSpec
-from qgraph.passes.annotate import SMALL_TABLE, Annotate, Rule, Scheme
+from qgraph.passes.annotate import Annotate, Rule, Scheme
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import PassManager
 from qgraph.pipeline.target import Target, Verdict
+from qgraph.weights.unfit import SMALL_TABLE
 from tests.models import (
     build,
     feed,

@@ -20,7 +20,6 @@ from qgraph.graph.text.printer import to_text
 from qgraph.io.models import load, save
 from qgraph.numerics.noise import sqnr_db
 from qgraph.numerics.spec import PER_RUN, PER_TOKEN, WEIGHT
-from qgraph.passes import annotate as annotating
 from qgraph.passes import balance_tables
 from qgraph.passes.annotate import Annotate, Rule
 from qgraph.passes.balance_tables import BalanceTables, column_factors, column_ratio
@@ -28,6 +27,7 @@ from qgraph.passes.canonicalize import Canonicalize
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import PassManager
 from qgraph.pipeline.target import Target
+from qgraph.weights import unfit
 from tests.models import build, ops, outputs, weight
 from tests.pipelines import (
     COMMIT,
@@ -183,7 +183,7 @@ RUN = (Rule(("matmul", "gemm"), WEIGHT, (PER_RUN,)),)
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables of any size are annotated."""
-    monkeypatch.setattr(annotating, "SMALL_TABLE", 0)
+    monkeypatch.setattr(unfit, "SMALL_TABLE", 0)
 
 
 def tied(statements: str, signature: str = PLAIN) -> ir.Model:
@@ -493,7 +493,7 @@ def test_any_scaling_is_undone_and_stored_once(seed: int, spread: float, target:
     model = scaled(factors)
     wanted = outputs(model, some_ids())[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(annotating, "SMALL_TABLE", 0)
+        patch.setattr(unfit, "SMALL_TABLE", 0)
         apply(model, BALANCE, [some_ids()], target)
     np.testing.assert_allclose(outputs(model, some_ids())[0], wanted, rtol=1e-4, atol=1e-4)
     apply(model, COMMIT, [some_ids()], target)

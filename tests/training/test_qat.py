@@ -421,6 +421,40 @@ def test_what_residual_branches_add_is_compared_in_the_sum() -> None:
     assert compared_nodes(module.origin.model, sites) == {"q", "k", "v", "mid", "gate", "up", "y"}
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_branch_that_starts_at_zero_learns(bits: int) -> None:
+    """As trainers begin deep networks: with the last layer of each residual branch at 0."""
+    model = build(
+        """g (float[N,8] x) => (float[N,8] y) {
+          h = MatMul (x, w)
+          r = Relu (h)
+          branch = MatMul (r, silent)
+          more = MatMul (branch, v)
+          s = Add (x, more)
+          y = MatMul (s, u)
+        }""",
+        ir.Tensor(np.zeros((8, 8), np.float32), name="silent"),
+        weight("w", 8, 8), weight("v", 8, 8), weight("u", 8, 8),
+    )  # fmt: skip
+    module = prepare(model, qat(bits=bits), observe=1)
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    module.calibrate([x.numpy()])
+    assert all(m.start.abs().min() > 1e-6 for m in module.modules() if hasattr(m, "start"))
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = (module(x) - torch.sin(3 * x)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+    (held,) = [(q, w) for name, q, w, _ in quantized_weights(module.model) if name == "branch"]
+    assert held[0].integers(held[1], None).q.any()
+
+
 # --- channels corrected before training -----------------------------------------------------------
 
 
