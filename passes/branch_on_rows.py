@@ -83,6 +83,8 @@ class BranchOnRows(Pass):
         target = context.target
         if not isinstance(target, TwoSpeed):
             return False
+        if not all(isinstance(value.type, ir.TensorType) for value in model.graph.outputs):
+            return False  # an If returns no maps
         products = {node: product for node in model.graph if (product := _product(node))}
         counted = _counted_input(model.graph, products)
         if counted is None:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 import onnx
 import onnx_ir as ir
 
+from qgraph.graph.maps import hide_maps, show_maps
 from qgraph.graph.reading import INLINE_BYTES, MAIN_DOMAINS, MICROSOFT
 
 
@@ -33,6 +34,7 @@ def infer_types(model: ir.Model) -> None:
         proto = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
     except onnx.shape_inference.InferenceError:
         return
+    hide_maps(proto)
     twins = ir.from_proto(proto).graphs()
     fixed = all(value.shape is not None and value.shape.is_static() for value in model.graph.inputs)
     for graph, twin in zip(model.graphs(), twins, strict=True):
@@ -69,6 +71,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     """
     proto = ir.to_proto(model)
     forget_inner_types(proto, (*MAIN_DOMAINS, MICROSOFT, "qgraph"))
+    show_maps(model, proto)
     return proto
 
 

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from qgraph.errors import ModelError
+from qgraph.graph.maps import hide_maps, remember_maps
 from qgraph.graph.reading import INLINE_BYTES, initializers
 from qgraph.graph.types import to_proto
 from qgraph.io.external_data import in_memory, settle
@@ -20,6 +21,7 @@ from qgraph.io.files import check_writable, read_json, same
 from qgraph.io.publication import publish, stage
 from qgraph.io.session import OpenSession, open_session
 from qgraph.io.soundness import is_sorted, problems
+from qgraph.io.sparse import make_dense
 
 SOURCE = "qgraph.source"
 """Where a loaded model remembers its file, a Path, in `model.meta`."""
@@ -98,7 +100,10 @@ def _read(file: Path) -> ir.Model:
             raise ModelError(f"{file} is empty: export or download it again")
         proto = onnx.load(file, load_external_data=False)
         _check(proto, file)
+        make_dense(proto)
+        maps = hide_maps(proto)
         model = ir.from_proto(proto)
+        remember_maps(model, maps)
         ir.external_data.set_base_dir(model.graph, file.parent)
         if not is_sorted(proto.graph):
             _sort(model, file)

@@ -10,10 +10,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
 import qgraph
+from qgraph.errors import ModelError
 from qgraph.numerics.noise import sqnr_db
-from tests.models import build, parsed, weight
+from tests.models import HEADER, build, parsed, weight
 
 LEVELS = (False, True)
 
@@ -370,3 +372,86 @@ def test_tokens_that_rounding_sends_elsewhere(
         for few in (0, 1):
             (y,) = session(str(file), optimized).run(None, {"x": normal(few, 16)})
             assert y.shape == (few, 16)
+
+
+# --- types that are no dense tensors --------------------------------------------------------------
+
+
+def sparse(name: str, *, flat: bool = True) -> tuple[onnx.SparseTensorProto, np.ndarray]:
+    """A weight (16, 8) with five elements that are not 0."""
+    dense = np.zeros((16, 8), np.float32)
+    places = np.array([3, 20, 41, 77, 127])
+    dense.reshape(-1)[places] = [1, -2, 3, 4, -5]
+    indices = places if flat else np.stack(np.unravel_index(places, dense.shape), 1)
+    values = numpy_helper.from_array(dense.reshape(-1)[places], name)
+    given = numpy_helper.from_array(indices.astype(np.int64), f"{name}_at")
+    return onnx.helper.make_sparse_tensor(values, given, dense.shape), dense
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_sparse_weights_are_made_dense(flat: bool, tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(
+        HEADER + "m (float[n,16] x) => (float[n,8] y, float[n,8] z) { y = MatMul(x, w) }"
+    )
+    tensor, dense = sparse("w", flat=flat)
+    proto.graph.sparse_initializer.append(tensor)
+    proto.graph.node.extend(
+        [
+            onnx.helper.make_node("Constant", [], ["v"], sparse_value=sparse("v", flat=flat)[0]),
+            onnx.helper.make_node("MatMul", ["x", "v"], ["z"]),
+        ]
+    )
+    onnx.save(proto, tmp_path / "m.onnx")
+    compiled = qgraph.compile(tmp_path / "m.onnx", "dynamic", target="onnx")
+    x = normal(4, 16)
+    for y in session(str(compiled.save(tmp_path / "out.onnx")), True).run(None, {"x": x}):
+        assert sqnr_db(x @ dense, y) > 30
+    assert len(compiled.remarks.verdicts()) == 2
+
+
+def test_sparse_weights_that_do_not_fit(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(
+        HEADER + "m (float[n,16] x) => (float[n,8] y) { y = MatMul(x, w) }"
+    )
+    tensor, _ = sparse("w")
+    tensor.dims[:] = [2, 8]
+    proto.graph.sparse_initializer.append(tensor)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="'w' has indices outside its shape"):
+        qgraph.load(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu:avx2"])
+@pytest.mark.parametrize("recipe", ["dynamic", "static", "rtn"])
+def test_maps_and_sequences_stay_behind_what_is_quantized(
+    recipe: str, target: str, tmp_path: Path
+) -> None:
+    """As scikit-learn's classifiers end: a list of maps from labels to scores."""
+    proto = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21, "ai.onnx.ml" : 1]>
+        m (float[n,16] x) => (int64[n] label, seq(float[n]) parts, float[n,4] scores) {
+            h = MatMul(x, w)
+            scores = Softmax <axis = 1> (h)
+            label = ArgMax <axis = 1, keepdims = 0> (scores)
+            parts = SplitToSequence <axis = 1, keepdims = 0> (h)
+            maps = ai.onnx.ml.ZipMap <classlabels_int64s = [3, 5, 7, 9]> (scores)
+        }"""
+    )
+    proto.graph.initializer.append(numpy_helper.from_array(weight("w", 16, 4).numpy(), "w"))
+    output = proto.graph.output.add(name="maps")
+    output.type.sequence_type.elem_type.map_type.key_type = onnx.TensorProto.INT64
+    element = output.type.sequence_type.elem_type.map_type.value_type
+    element.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    onnx.save(proto, tmp_path / "m.onnx")
+    feed = {"x": normal(3, 16)}
+    model = qgraph.load(tmp_path / "m.onnx")
+    compiled = qgraph.compile(model, recipe, [feed], target, verify=True)
+    file = compiled.save(tmp_path / "out.onnx")
+    assert onnx.load(file).graph.output == proto.graph.output
+    assert [r.kind for r in compiled.remarks.verdicts().values()] == ["quantized"]
+    wanted = session(str(tmp_path / "m.onnx"), False).run(None, feed)[3]
+    for optimized in LEVELS:
+        _, parts, _, maps = session(str(file), optimized).run(None, feed)
+        assert len(parts) == 4
+        for ours, theirs in zip(maps, wanted, strict=True):
+            assert ours == pytest.approx(theirs, abs=0.05)
