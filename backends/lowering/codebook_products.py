@@ -17,6 +17,8 @@ from qgraph.weights.formats.codebook import codebook_call
 
 TOGETHER = 4
 """Codes that are looked up together: indices take four bytes, whatever they stand for."""
+MANY = 1 << 20
+"""Weights from which on a table of 256 kB, for four codes, is little beside them."""
 
 
 def lower_codebook_products(model: ir.Model) -> bool:
@@ -34,17 +36,17 @@ def lower_codebook_products(model: ir.Model) -> bool:
     disk; onnxruntime looks them up once, when it loads the model (ConstantFolding), and its kernel
     packs the result like any other weight. Four codes at a time, in a table of 65,536 times four
     levels, because Gather wants indices of 32 bits: so they take a byte a weight, not four, and the
-    loading of a weight peaks at 4.5 bytes for each (float: 8) and takes a third of the time.
+    loading of a weight peaks at 4.5 bytes for each (float: 8) and takes a third of the time. In a
+    small model, where that table would be most of it, two codes at a time.
     Without optimizations it is all computed anew for each run, from activations that are not
     rounded: slow, and as near to float.
     """
-    changed = False
-    for node in nodes(model):
-        product = _match(node)
-        if product is not None:
-            _lower(model, node, product)
-            changed = True
-    return changed
+    matches = [(node, product) for node in nodes(model) if (product := _match(node)) is not None]
+    total = sum(product.codes.size for _, product in matches)
+    together = TOGETHER if total >= MANY else 2
+    for node, product in matches:
+        _lower(model, node, product, together)
+    return bool(matches)
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,14 @@ def _match(node: ir.Node) -> _CodebookProduct | None:
     return _CodebookProduct(rounded.inputs[0], call, codes, (levels + 128).astype(np.uint8), k)
 
 
-def _lower(model: ir.Model, node: ir.Node, product: _CodebookProduct) -> None:
+def _lower(model: ir.Model, node: ir.Node, product: _CodebookProduct, together: int) -> None:
     (n, count, size), base = product.codes.shape, product.call.outputs[0].name
 
     graph = Builder(model, product.call, f"{base}_")
     name = product.call.inputs[0].name if product.call.inputs[0] else base
-    words = shared_constant(model, f"{name}_words", _words(product.codes))
-    levels = shared_constant(model, "qgraph/levels_int8", looked_up_together(product.levels))
+    words = shared_constant(model, f"{name}_words", _words(product.codes, together))
+    table = looked_up_together(product.levels, together)
+    levels = shared_constant(model, "qgraph/levels_int8", table)
     index = graph.op("Cast", words, to=int(ir.DataType.INT32), dtype=ir.DataType.INT32)
     shape = shared_constant(
         model, f"qgraph/shape_{n}_{count}_{size}", np.array([n, count, size], np.int64)
@@ -109,14 +112,14 @@ def _lower(model: ir.Model, node: ir.Node, product: _CodebookProduct) -> None:
     multiply_in_blocks(model, node, inputs, n=n, k=product.k, bits=8, size=size)
 
 
-def _words(codes: np.ndarray) -> np.ndarray:
-    """Codes, four to a uint16, the first in the lowest bits: (N, blocks, size / 4)."""
-    parts = codes.astype(np.uint16)
-    shifted = [parts[..., place::TOGETHER] << (4 * place) for place in range(TOGETHER)]
+def _words(codes: np.ndarray, together: int) -> np.ndarray:
+    """Codes, so many to an integer, the first in the lowest bits: (N, blocks, size / together)."""
+    parts = codes.astype(np.uint16 if together == TOGETHER else np.uint8)
+    shifted = [parts[..., place::together] << (4 * place) for place in range(together)]
     return np.asarray(np.bitwise_or.reduce(shifted))
 
 
-def looked_up_together(levels: np.ndarray) -> np.ndarray:
-    """The levels of the four codes in each of 65,536 words: (65536, 4)."""
-    words = np.arange(1 << (4 * TOGETHER))
-    return np.stack([levels[words >> (4 * place) & 15] for place in range(TOGETHER)], axis=1)
+def looked_up_together(levels: np.ndarray, together: int = 4) -> np.ndarray:
+    """The levels of the codes in each word: (65536, 4) for four of them."""
+    words = np.arange(1 << (4 * together))
+    return np.stack([levels[words >> (4 * place) & 15] for place in range(together)], axis=1)

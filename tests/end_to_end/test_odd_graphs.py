@@ -455,3 +455,17 @@ def test_maps_and_sequences_stay_behind_what_is_quantized(
         assert len(parts) == 4
         for ours, theirs in zip(maps, wanted, strict=True):
             assert ours == pytest.approx(theirs, abs=0.05)
+
+
+# --- what is stored -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu:avx2"])
+@pytest.mark.parametrize("recipe", ["nf4", "fp4"])
+def test_a_small_model_does_not_get_larger(recipe: str, target: str, tmp_path: Path) -> None:
+    text = "m (float[b,64] x) => (float[b,32] y) { y = MatMul(x, w) }"
+    model = build(text, weight("w", 64, 32))
+    feed = {"x": normal(4, 64)}
+    file = written(model, tmp_path, recipe, target)
+    check(model, file, [feed], 12)
+    assert file.stat().st_size < 0.7 * 64 * 32 * 4

@@ -236,7 +236,7 @@ def test_before_and_after() -> None:
         %w_DequantizeCodebook_Reshape: u8[6, 2, 64] = Reshape(%w_DequantizeCodebook_Gather, %qgraph/shape_6_2_64)
         %y: f32[batch, 6] = com.microsoft::MatMulNBits(%x, %w_DequantizeCodebook_Reshape, %w_DequantizeCodebook_int8_scale) {K = 128, N = 6, accuracy_level = 4, bits = 8, block_size = 64}
     """)  # noqa: E501
-    assert initializer(model, "w_codes_words").shape == (6, 2, 16)
+    assert initializer(model, "w_codes_words").shape == (6, 2, 32)
     assert not model.functions
 
 
