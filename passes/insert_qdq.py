@@ -170,12 +170,8 @@ class _Weights:
             return
         forget_use_spec(site.node, site.w_index)
         form, static = formats.of(spec), data is not None and not data.dynamic
-        # Of even levels, the scale depends on that of the data, by the bias; others become integers
-        # beside integers.
-        own = id(site.node) if static else 0
-        key = (id(site.weight), spec, own if form.even else int(data is None))
-        if form.even and site.kind == "gather":  # any product's integers will do
-            key = next((known for known in self.written if known[:2] == key[:2]), key)
+        # Levels that are not even become integers beside integers.
+        key = (id(site.weight), spec, 0 if form.even else int(data is None))
         if key not in self.written:
             self.written[key] = self._write(site, spec, form)
         reader, scale = self.written[key]

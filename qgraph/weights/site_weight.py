@@ -19,6 +19,7 @@ from qgraph.graph.annotation import (
     static_spec,
     stats_of,
     trained_scale,
+    weight_spec,
 )
 from qgraph.graph.editing import add_constant, computed
 from qgraph.graph.ops import MOVES
@@ -30,7 +31,7 @@ from qgraph.graph.reading import (
     dims,
     is_op,
 )
-from qgraph.graph.sites import Site, reduction_rows
+from qgraph.graph.sites import Site, reduction_rows, site_of
 from qgraph.numerics.quantized import Quantized
 from qgraph.numerics.reference import quantize, scale_zero_point, weight_scale_for_bias
 from qgraph.numerics.saturation import can_saturate, quantize_unsaturated
@@ -100,14 +101,32 @@ def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
         raise formats.unwritable(spec)
     if form is not formats.LINEAR or data is None:
         return form.beside(form.quantize(w, spec), data)
-    # Integers by channel meet biases that must fit, and kernels that saturate.
-    fixed = None if data.dynamic else activation_scale(site.x)
-    floor = _bias_floor(site, fixed[0]) if fixed is not None else None
-    weight = formats.LINEAR.quantize_above(w, spec, floor)
+    # Integers by channel meet biases that must fit, and kernels that saturate: those of all sites
+    # that read this weight, which is stored once.
+    readers = _readers(site, spec)
+    fixed = [(s, *activation_scale(s.x)) for s in readers if _has_fixed_scale(s)]
+    floors = [f for s, scale, _ in fixed if (f := _bias_floor(s, scale)) is not None]
+    weight = formats.LINEAR.quantize_above(w, spec, np.max(floors, axis=0) if floors else None)
     if not saturates or not _adds_pairs(site, weight.axis, spec):
         return weight
-    largest = 255 if fixed is None else _largest_pairs(site, *fixed)
+    largest: int | np.ndarray = 255
+    if len(fixed) == len(readers):
+        tops = [_largest_pairs(*one) for one in fixed]
+        same = len({np.shape(top) for top in tops}) == 1
+        largest = np.max(tops, axis=0) if same else int(max(map(np.max, tops)))
     return replace(weight, repaired=unsaturated(w, weight.q, weight.scale, site, largest))
+
+
+def _readers(site: Site, spec: QuantSpec) -> list[Site]:
+    """The sites that multiply this weight, quantized like this, by data in integers."""
+    users = [s for use in site.weight.uses() if (s := site_of(use.node)) is not None]
+    alike = [s for s in users if s.weight is site.weight and weight_spec(s) == spec]
+    return [site, *(s for s in alike if s.node is not site.node and data_spec(s) is not None)]
+
+
+def _has_fixed_scale(site: Site) -> bool:
+    data = data_spec(site)
+    return data is not None and not data.dynamic
 
 
 def _largest_pairs(site: Site, scale: np.ndarray, zero: np.ndarray) -> int | np.ndarray:

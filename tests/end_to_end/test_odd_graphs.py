@@ -469,3 +469,59 @@ def test_a_small_model_does_not_get_larger(recipe: str, target: str, tmp_path: P
     file = written(model, tmp_path, recipe, target)
     check(model, file, [feed], 12)
     assert file.stat().st_size < 0.7 * 64 * 32 * 4
+
+
+SHARED = {
+    "pyramid": (
+        """m (float[b,8,16,16] x) => (float[b,8,16,16] y, float[b,8,8,8] z) {
+            a = Conv <pads = [1, 1, 1, 1]> (x, k, bias)
+            y = Relu(a)
+            down = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x)
+            far = Mul(down, ten)
+            b = Conv <pads = [1, 1, 1, 1]> (far, k, bias)
+            z = Relu(b)
+        }""",
+        {"x": normal(1, 8, 16, 16)},
+    ),
+    "branches": (
+        """m (float[b,64] x, bool c) => (float[b,32] y) {
+            o = MatMul(x, w)
+            h = If (c) <
+                then_branch = t () => (float[b,32] p) { p = MatMul(x, w) },
+                else_branch = e () => (float[b,32] q) {
+                    n = Neg(x)
+                    q = MatMul(n, w)
+                }
+            >
+            y = Add(o, h)
+        }""",
+        {"x": normal(4, 64), "c": np.array(True)},
+    ),
+    "tied": (
+        """m (int64[n] ids) => (float[n,1024] y) {
+            e = Gather(t, ids)
+            y = Gemm <transB = 1> (e, t)
+        }""",
+        {"ids": np.arange(8)},
+    ),
+}
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu:avx2"])
+@pytest.mark.parametrize("recipe", ["static", "dynamic"])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_weight_is_stored_once(name: str, recipe: str, target: str, tmp_path: Path) -> None:
+    text, feed = SHARED[name]
+    tensors = [
+        weight("k", 8, 8, 3, 3),
+        weight("bias", 8),
+        weight("w", 64, 32),
+        weight("t", 1024, 64),
+    ]
+    tensors.append(ir.Tensor(np.array([10], np.float32), name="ten"))
+    model = build(text, *(t for t in tensors if f"{t.name})" in text or f"{t.name}," in text))
+    file = written(model, tmp_path, recipe, target, [feed])
+    check(model, file, [feed], 25)
+    kept = [tuple(tensor.dims) for tensor in onnx.load(file).graph.initializer]
+    shape = {"pyramid": (8, 8, 3, 3), "branches": (64, 32), "tied": (1024, 64)}[name]
+    assert kept.count(shape) + kept.count(shape[::-1]) == 1
