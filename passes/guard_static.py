@@ -106,7 +106,8 @@ class GuardStatic(Pass):
     def _guard_glue(self, node: ir.Node, context: Context) -> bool:
         quantized = [v for i, v in enumerate(node.inputs) if v and use_spec(node, i) is not None]
         stats = [stats_of(value) or Stats() for value in quantized]
-        why, numbers = f"kept float: {UNREACHED}", {}
+        why = f"kept float: {UNREACHED}"
+        numbers: dict[str, float] = {}
         if all(s.count for s in stats):
             spans = [span for s in stats if (span := max(-s.low, s.high)) > 0]  # any scale holds 0
             ratio = max(spans, default=1.0) / min(spans, default=1.0)
@@ -114,8 +115,10 @@ class GuardStatic(Pass):
             joins = is_op(node, "Add", "Concat", "Where")
             if not small and (not joins or ratio <= self.max_ratio):
                 return False
-            why = "kept float: its inputs have ranges too different for one scale"
-            why, numbers = (_SMALL, {}) if small else (why, {"ratio": ratio})
+            why = _SMALL
+            if not small:
+                why = "kept float: its inputs have ranges too different for one scale"
+                numbers = {"ratio": ratio}
         retract_node(node)
         context.remark("declined", self.name, node_name(node), node.op_type, why, **numbers)
         return True

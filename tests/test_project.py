@@ -197,7 +197,10 @@ def test_the_rule_knows_an_import_of_torch(source: str, needs: bool) -> None:
     assert _needs_torch(source) is needs
 
 
-METADATA = ("graph.annotation", "graph.names", "io.models", "torch.from_module", "torch.to_module")
+METADATA = (
+    "graph.annotation", "graph.maps", "graph.names", "io.models", "torch.from_module",
+    "torch.to_module",
+)  # fmt: skip
 """The modules that open `meta`; everybody else calls their functions."""
 
 

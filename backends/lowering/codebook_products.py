@@ -114,9 +114,10 @@ def _lower(model: ir.Model, node: ir.Node, product: _CodebookProduct, together: 
 
 def _words(codes: np.ndarray, together: int) -> np.ndarray:
     """Codes, so many to an integer, the first in the lowest bits: (N, blocks, size / together)."""
-    parts = codes.astype(np.uint16 if together == TOGETHER else np.uint8)
+    parts = codes.astype(np.uint16)
     shifted = [parts[..., place::together] << (4 * place) for place in range(together)]
-    return np.asarray(np.bitwise_or.reduce(shifted))
+    words = np.asarray(np.bitwise_or.reduce(shifted))
+    return words if together == TOGETHER else words.astype(np.uint8)
 
 
 def looked_up_together(levels: np.ndarray, together: int = 4) -> np.ndarray:

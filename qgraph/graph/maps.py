@@ -48,7 +48,7 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _holds_map(kind: onnx.TypeProto) -> bool:
-    which = kind.WhichOneof("value")
+    which: str | None = kind.WhichOneof("value")
     if which in ("sequence_type", "optional_type"):
-        return _holds_map(getattr(kind, which).elem_type)
+        return _holds_map(getattr(kind, str(which)).elem_type)
     return which == "map_type"

@@ -111,9 +111,9 @@ def quantize_site(site: Site, spec: QuantSpec, saturates: bool) -> Quantized:
         return weight
     largest: int | np.ndarray = 255
     if len(fixed) == len(readers):
-        tops = [_largest_pairs(*one) for one in fixed]
-        same = len({np.shape(top) for top in tops}) == 1
-        largest = np.max(tops, axis=0) if same else int(max(map(np.max, tops)))
+        tops = [np.asarray(_largest_pairs(*one)) for one in fixed]
+        same = len({top.shape for top in tops}) == 1
+        largest = np.max(tops, axis=0) if same else int(max(top.max() for top in tops))
     return replace(weight, repaired=unsaturated(w, weight.q, weight.scale, site, largest))
 
 
