@@ -141,10 +141,13 @@ class CompiledModel:
     def save(self, path: str | Path) -> Path:
         """Write an ONNX file, or a folder if the model came as one; atomic, checked by reloading.
 
+        Where the target makes torch modules, weights lie beside it in a file of safetensors.
+
         Returns:
             the path written.
         """
-        save(self.model, path, open_session=self.open_session)
+        of_torch = self.to_module is not None
+        save(self.model, path, open_session=self.open_session, safetensors=of_torch)
         return Path(path)
 
     def benchmark(

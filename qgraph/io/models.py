@@ -16,6 +16,7 @@ from qgraph.errors import ModelError
 from qgraph.graph.maps import hide_maps, remember_maps
 from qgraph.graph.reading import INLINE_BYTES, initializers
 from qgraph.graph.types import to_proto
+from qgraph.io import safe_tensors
 from qgraph.io.external_data import in_memory, settle
 from qgraph.io.files import check_writable, read_json, same
 from qgraph.io.publication import publish, stage
@@ -142,6 +143,7 @@ def save(
     *,
     run_check: bool = True,
     open_session: OpenSession = open_session,
+    safetensors: bool = False,
 ) -> None:
     """Write a model; it appears at `path` complete and checked, or not at all.
 
@@ -156,6 +158,7 @@ def save(
         run_check: whether onnxruntime must be able to load the result. Turn it off for models that
             it could not load before either, because of operators that it does not know.
         open_session: of the target that the model is for.
+        safetensors: all weights go into `<stem>.safetensors`, which tools of that name read, too.
 
     Raises:
         ModelError: `path` cannot be used (see :func:`check_output`), the disk is full, or the
@@ -172,7 +175,7 @@ def save(
             _copy_companions(model, staged)
         new = staged / name
         new.parent.mkdir(parents=True, exist_ok=True)
-        _write(model, new, _free_data_name(file))
+        _write(model, new, _free_data_name(file, safetensors), safetensors)
         check_reload(new, run=run_check, open_session=open_session)
         with suppress(FileNotFoundError):
             shutil.copymode(file, new)
@@ -283,15 +286,17 @@ def _own_data(file: Path) -> set[Path]:
 
 def _data_names(file: Path) -> re.Pattern[str]:
     """The names of its data that a model in `file` may have."""
-    return re.compile(re.escape(file.name) + r"(\.\d+)?\.data")
+    name, stem = re.escape(file.name), re.escape(file.stem)
+    return re.compile(rf"{name}(\.\d+)?\.data|{stem}(\.\d+)?\.safetensors")
 
 
-def _free_data_name(file: Path) -> str:
+def _free_data_name(file: Path, safetensors: bool) -> str:
     """A name that no file has: the model that is to be replaced keeps its data until then."""
-    name, count = f"{file.name}.data", 0
+    base, ending = (file.stem, "safetensors") if safetensors else (file.name, "data")
+    name, count = f"{base}.{ending}", 0
     while (file.parent / name).exists():
         count += 1
-        name = f"{file.name}.{count}.data"
+        name = f"{base}.{count}.{ending}"
     return name
 
 
@@ -305,7 +310,7 @@ def _copy_companions(model: ir.Model, stage: Path) -> None:
     shutil.copytree(model.meta[FOLDER], stage, ignore=ignored, dirs_exist_ok=True)
 
 
-def _write(model: ir.Model, file: Path, data_name: str) -> None:
+def _write(model: ir.Model, file: Path, data_name: str, safetensors: bool) -> None:
     """Serialise `model`, with its larger weights in `data_name` if they are many."""
     copy = model.clone()
     pairs = [(v, v.const_value) for v in initializers(copy) if v.const_value is not None]
@@ -317,13 +322,16 @@ def _write(model: ir.Model, file: Path, data_name: str) -> None:
     for value, tensor in pairs:
         tensor.name = value.name  # serialisation goes by the tensor's name
     outside = large if sum(tensor.nbytes for _, tensor in large) > EXTERNAL_BYTES else []
-    if outside:
+    if safetensors:
+        outside = [(value, tensor) for value, tensor in pairs if safe_tensors.is_weight(tensor)]
+        written = safe_tensors.write([tensor for _, tensor in outside], file.parent / data_name)
+    elif outside:
         tensors = [tensor for _, tensor in outside]
         written = ir.external_data.convert_tensors_to_external(
             tensors, file.parent, data_name, alignment=_ALIGNMENT
         )
-        for (value, _), external in zip(outside, written, strict=True):
-            value.const_value = external
+    for (value, _), external in zip(outside, written, strict=True) if outside else ():
+        value.const_value = external
     for value, tensor in pairs:
         if value.const_value is tensor and isinstance(tensor, ir.ExternalTensor):
             value.const_value = in_memory(tensor)
