@@ -5,7 +5,7 @@
 Runs from the source tree on a machine with one GPU, `python3` with torch for CUDA, no internet
 and nothing installed. What qgraph imports can be brought along:
 
-    pip install --target first-contact-packages numpy ml_dtypes onnx onnx-ir networkx
+    pip install --no-deps --target first-contact-packages onnx onnx-ir ml_dtypes protobuf packaging
     PYTHONPATH=first-contact-packages python3 -m benchmarks.cuda_first_contact --out FOLDER
 
 Each stage is a process with a limit, so that a fault does not end the rest, and adds what it finds

@@ -61,6 +61,7 @@ class Driver:
             QGraphError: there is no driver, or it or the device is too old.
         """
         library, known = _library(), ctypes.c_int()
+        _check(library, library.cuInit(0), "CUDA")  # which torch may not have done yet
         _check(library, library.cuDriverGetVersion(ctypes.byref(known)), "CUDA")
         if known.value < LEAST_CUDA:
             version = f"{known.value // 1000}.{known.value % 1000 // 10}"

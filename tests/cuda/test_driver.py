@@ -120,6 +120,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "refusals": what_the_driver_refuses_is_said,
     "missing": there_is_no_driver_or_no_such_device,
     "old device": _refusing(r"device 0, Stub 75, is sm_75: .* need sm_80 or later", ARCH="75"),
+    "no device": _refusing(r"no CUDA-capable device is detected", DEVICES="0"),
     "old driver": _refusing(r"knows CUDA 11\.8 at most.*driver 525 or later", CUDA="11080"),
 }
 

@@ -3,7 +3,7 @@
 // It refuses what a driver would refuse: cubins of another architecture, kernels that a cubin has not, empty grids, too
 // many threads, shared memory beyond 48 KiB, threads without a context, launches that fail.
 //   QGRAPH_STUB_ARCH   of the device, such as 90      QGRAPH_STUB_CUDA   what the driver knows, such as 12090
-//   QGRAPH_STUB_IDLE   launches do nothing
+//   QGRAPH_STUB_IDLE   launches do nothing            QGRAPH_STUB_DEVICES 0 for none
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -14,7 +14,7 @@ extern "C" int emu_launch(const char*, unsigned, unsigned, unsigned, unsigned, u
 extern "C" int emu_has(const char*);
 extern "C" const char* emu_error();
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201 };
 enum { NO_BINARY_FOR_GPU = 209, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
 struct Module { const unsigned char* image; };
 struct Function { std::string name; };
@@ -29,6 +29,7 @@ static unsigned setting(const char* name, unsigned otherwise) {
   return value ? atoi(value) : otherwise;
 }
 static unsigned device_arch() { return setting("QGRAPH_STUB_ARCH", 90); }
+static bool initialized;
 static char primary;
 static thread_local void* context;
 static void* last_stream;
@@ -58,7 +59,13 @@ int cuDriverGetVersion(int* version) {
   *version = setting("QGRAPH_STUB_CUDA", 12090);
   return SUCCESS;
 }
+int cuInit(unsigned) {
+  if (setting("QGRAPH_STUB_DEVICES", 1) == 0) return NO_DEVICE;
+  initialized = true;
+  return SUCCESS;
+}
 int cuDeviceGetName(char* name, int size, int device) {
+  if (!initialized) return NOT_INITIALIZED;
   if (device != 0) return INVALID_DEVICE;
   snprintf(name, size, "Stub %u", device_arch());
   return SUCCESS;
@@ -111,6 +118,8 @@ int cuGetErrorString(int status, const char** text) {
           : status == INVALID_IMAGE     ? "device kernel image is invalid"
           : status == INVALID_CONTEXT   ? "invalid device context"
           : status == INVALID_DEVICE    ? "invalid device ordinal"
+          : status == NOT_INITIALIZED   ? "initialization error"
+          : status == NO_DEVICE         ? "no CUDA-capable device is detected"
           : status == NOT_FOUND         ? "named symbol not found"
                                         : "invalid argument";
   return SUCCESS;
