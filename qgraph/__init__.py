@@ -12,7 +12,11 @@ Trace or load a model, compile it by a recipe, save the result as ONNX that any 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime would keep an identifier of this machine in the user's cache and report to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from qgraph.api import apply, compile, load_module, prepare_qat

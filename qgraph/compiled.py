@@ -82,6 +82,10 @@ class CompiledModel:
         """Everything that a call may give, by name."""
         return {str(v.name): v for v in self.model.graph.inputs} | self._complete.data
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the session, which the copy opens for itself when it is called."""
+        return {k: v for k, v in vars(self).items() if k not in ("session", "_complete", "_takes")}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, as its module where its target makes one and tensors are given.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,7 +33,12 @@ def cache_folder() -> Path:
     """Where qgraph keeps what it measured: `$QGRAPH_CACHE`, else the user's cache folder."""
     if given := os.environ.get("QGRAPH_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qgraph"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "qgraph"
+    try:
+        return Path.home() / ".cache" / "qgraph"
+    except RuntimeError:  # a user without a home, as in containers
+        return Path(tempfile.gettempdir()) / f"qgraph-{os.getuid()}"
 
 
 @dataclass

@@ -47,7 +47,7 @@ Calibration = Annotated[
 ]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="See `qgraph targets`.")]
 Samples = Annotated[int | None, typer.Option(min=1, help="Use at most so many calibration feeds.")]
-Seed = Annotated[int, typer.Option(help="For everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="For everything random.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps calibration statistics.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Check the model after every pass.")]
 
@@ -92,6 +92,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         return error.format_message(), 2
     if isinstance(error, OSError):
         return f"{error.filename or 'input or output'}: {error.strerror or error}", 2
+    if type(error).__module__.startswith("onnxruntime."):  # out of memory, in most cases
+        return f"onnxruntime: {error}", 2
     if isinstance(error, MemoryError):
         return "out of memory: try --max-memory or a smaller model", 2
     kind = type(error).__name__

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from qgraph.errors import QGraphError
@@ -52,7 +53,7 @@ def train_and_compile(
     import torch
 
     torch.manual_seed(seed)
-    losses = steps(qmodel.train())
+    losses = _called(steps, qmodel.train(), function)
     if losses is not None:
         optimizer = torch.optim.Adam(qmodel.parameters(), LEARNING_RATE)
         for loss in display()(_losses(losses, function), "training"):
@@ -62,12 +63,34 @@ def train_and_compile(
     return qgraph.compile(qmodel.eval(), target=target, verify=verify, progress=display())
 
 
+def _called(steps: Callable[[Any], Any], qmodel: Any, function: str) -> Any:
+    try:
+        return steps(qmodel)
+    except Exception as error:
+        raise _failed(error, function) from error
+
+
+def _followed(losses: Iterable[Any], function: str) -> Iterator[Any]:
+    try:
+        yield from losses
+    except Exception as error:
+        raise _failed(error, function) from error
+
+
+def _failed(error: Exception, function: str) -> QGraphError:
+    """The line for an error in the user's own function, after its traceback."""
+    if isinstance(error, QGraphError):
+        return error
+    traceback.print_exception(error)
+    return QGraphError(f"--train {function}: it failed: {type(error).__name__}: {error}")
+
+
 def _losses(losses: Any, function: str) -> Iterator[torch.Tensor]:
     import torch
 
     if not isinstance(losses, Iterable):
         raise QGraphError(f"--train {function}: it returned no losses: yield one for each batch")
-    for loss in losses:
+    for loss in _followed(losses, function):
         if not (isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1):
             raise QGraphError(f"--train {function}: a loss must be one number that depends on it")
         yield loss

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from qgraph.errors import PipelineError
 from qgraph.graph.names import forget_names
 from qgraph.graph.reading import constant, graphs, initializers, nodes, view
 from qgraph.graph.sites import Site, output_value, site_of
@@ -174,7 +175,16 @@ def product_groups(
 
 
 def wanted_of(observer: ir.Node) -> Wanted:
-    """What to collect of the value that an Observer node reads."""
+    """What to collect of the value that an Observer node reads.
+
+    Raises:
+        PipelineError: it was read from a file, which cannot hold that.
+    """
+    if WANTED not in observer.meta:
+        raise PipelineError(
+            "observers that were saved have forgotten what to collect: "
+            "run insert-observers and calibrate in one pipeline"
+        )
     wanted: Wanted = observer.meta[WANTED]
     return wanted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -131,6 +132,7 @@ class _Calibration:
     def __init__(self, source: Iterable[object], model: ir.Model, samples: int | None) -> None:
         self._source = source
         self._samples = samples
+        self._limit = None if samples is None else min(samples, sys.maxsize)
         self._complete = Completer(model)
         data = self._complete.data
         self._inputs = {str(value.name): value for value in model.graph.inputs} | data
@@ -140,7 +142,7 @@ class _Calibration:
 
     def __iter__(self) -> Iterator[Feed]:
         index = -1
-        for index, item in enumerate(islice(self._source, self._samples)):
+        for index, item in enumerate(islice(self._source, self._limit)):
             yield self._feed(item, f"calibration feed {index}")
         if index < 0:
             raise CalibrationError("calibration data holds no feeds: give at least one")

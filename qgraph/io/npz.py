@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -121,7 +120,11 @@ def _input_names(stored: Sequence[str], inputs: Sequence[str]) -> list[str]:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
+        if not path.is_file():  # pipes and devices would be waited for
+            raise ValueError("it is not a file")
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
+    except CalibrationError:
+        raise
+    except Exception as error:  # the readers raise whatever the damage leads to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalibrationError(f"{path} cannot be read as an .npz file: {reason}") from error

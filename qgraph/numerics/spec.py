@@ -52,6 +52,10 @@ class PerBlock:
     axis: int
     size: int
 
+    def __post_init__(self) -> None:
+        if not 0 < self.size < 1 << 31:
+            raise QGraphError(f"blocks of {self.size} elements: use 1 or more")
+
     def __str__(self) -> str:
         return f"per-block({self.axis}, {self.size})"
 

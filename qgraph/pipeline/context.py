@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qgraph.errors import QGraphError
 from qgraph.io.feeds import Feed
 from qgraph.pipeline.progress import Progress, silent
 from qgraph.pipeline.remarks import Kind, Remark, Remarks
@@ -36,6 +37,10 @@ class Context:
     progress: Progress = silent
     cache: Path | None = None
     max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise QGraphError(f"seed={self.seed} is out of range: use 0 or more")
 
     def remark(
         self, kind: Kind, pass_name: str, site: str, op: str, message: str, **numbers: float

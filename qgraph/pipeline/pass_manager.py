@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from qgraph.errors import PipelineError, VerificationError
+from qgraph.errors import PipelineError, QGraphError, VerificationError
 from qgraph.graph.annotation import Stage, stages_of
 from qgraph.graph.sites import Site
 from qgraph.numerics.spec import QuantSpec
@@ -101,6 +101,26 @@ def _written(value: object) -> str:
     return text if plain else json.dumps(text)
 
 
+def _run(step: Pass, model: ir.Model, context: Context) -> bool:
+    """`step.run`, with one line for what passes from elsewhere do wrong.
+
+    Raises:
+        PipelineError: it failed, or did not say whether it changed anything.
+    """
+    try:
+        changed = step.run(model, context)
+    except QGraphError:
+        raise
+    except Exception as error:
+        if type(step).__module__.startswith("qgraph."):
+            raise
+        kind = type(error).__name__
+        raise PipelineError(f"pass '{step.name}' failed: {kind}: {error}") from error
+    if changed is None:
+        raise PipelineError(f"pass '{step.name}' returned None: return whether it changed anything")
+    return bool(changed)
+
+
 Hook = Callable[[Pass, ir.Model, Context], None]
 
 
@@ -158,7 +178,7 @@ class PassManager:
             for hook in self.before:
                 hook(step, model, context)
             began = time.perf_counter()
-            step_changed = step.run(model, context)
+            step_changed = _run(step, model, context)
             self.timings.append(PassTiming(step.name, time.perf_counter() - began, step_changed))
             held = stages_of(model)
             held -= step.invalidates

@@ -370,3 +370,11 @@ def test_the_description_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     cpu.host_table().speedup(CASE)
     assert "   2.50x float  per-token 64x64 m=1" in cpu.describe().splitlines()
     assert cpu.describe().startswith(f"host: {isa.host_model()}, {isa.host_isa()}")
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QGRAPH_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert table.cache_folder().is_absolute()

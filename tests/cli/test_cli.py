@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -20,6 +21,8 @@ import pytest
 
 import qgraph
 from qgraph.cli import main
+from qgraph.graph.editing import insert
+from qgraph.graph.functions import OBSERVER, declare
 from tests import models
 from tests.killing import killed_at
 
@@ -216,6 +219,27 @@ def _folder(here: Path) -> None:
     (here / "folder/tokenizer.json").write_text("{}")
 
 
+def _own_passes(here: Path) -> None:
+    text = "from qgraph import Contract, Pass\n"
+    for name, body in (("silent", "pass"), ("failing", "raise KeyError('why')")):
+        text += f"class {name.title()}(Pass):\n    name, contract = '{name}', Contract.EXACT\n"
+        text += f"    def run(self, model, context):\n        {body}\n"
+    (here / "mine.py").write_text(text)
+    sys.modules.pop("mine", None)
+
+
+def _saved_observers(here: Path) -> None:
+    model = qgraph.load("model.onnx")
+    declare(model, OBSERVER)
+    observed = model.graph[1].outputs[0]
+    node = insert(
+        model, model.graph[1], OBSERVER, [observed], base="o", domain="qgraph", after=True
+    )
+    for use in [use for use in observed.uses() if use.node is not node]:
+        use.node.replace_input_with(use.idx, node.outputs[0])
+    ir.save(model, "o.onnx")
+
+
 X = np.zeros((4, 16), np.float32)
 COMPILE = "compile model.onnx -o out.onnx "
 STATIC = COMPILE + "-r static -c bad.npz"
@@ -315,6 +339,17 @@ BAD: dict[str, tuple[Callable[[Path], object] | None, str, str]] = {
     ),
     "pipeline misspelt": (None, "opt model.onnx -p canonicalise -o out.onnx", "canonicalize"),
     "pipeline without module": (None, "opt model.onnx -p no_such:Pass -o out.onnx", "no_such"),
+    "seed below zero": (None, COMPILE + "-r dynamic --seed -1", "--seed"),
+    "blocks of no size": (
+        None, COMPILE + "-r rtn --set group_size=99999999999999999999", "99999999999999999999"
+    ),
+    "pass that says nothing": (_own_passes, "opt model.onnx -o o -p mine:Silent", "returned None"),
+    "pass that fails": (
+        _own_passes, "opt model.onnx -o o -p mine:Failing", "'failing' failed: KeyError: 'why'"
+    ),
+    "observers without what they collect": (
+        _saved_observers, "opt o.onnx -o p.onnx -c data.npz -p calibrate", "in one pipeline"
+    ),
     "printing after no pass": (
         None, "opt model.onnx -p canonicalize -o out.onnx --print-after lower", "lower"
     ),
@@ -459,6 +494,41 @@ def test_killed_at_any_operation_on_files_nothing_is_left_after_the_next_run(
     names = {path.name for path in here.iterdir()}
     assert len(names) == 7, names
     assert len(list((here / "cache").iterdir())) == 1
+
+
+def test_an_error_in_training_shows_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    text = "def at_once(model):\n    raise KeyError('why')\ndef later(model):\n    yield 1 / 0\n"
+    (here / "losses.py").write_text(text)
+    for name, why in (("at_once", "KeyError: 'why'"), ("later", "ZeroDivisionError")):
+        assert (
+            main(
+                [
+                    *["compile", "model.onnx", "-r", "qat", "-o", "o.onnx", "--train"],
+                    f"losses:{name}",
+                ]
+            )
+            == 2
+        )
+        *told, line = capsys.readouterr().err.splitlines()
+        assert told[0].startswith("Traceback")
+        assert f", in {name}" in "".join(told)
+        assert line.startswith(f"qgraph: --train losses:{name}: it failed: {why}")
+
+
+def test_very_many_samples_are_all(here: Path) -> None:
+    command = "compile model.onnx -o o.onnx -t onnx -c data.npz --samples 9999999999999999999"
+    assert main(command.split()) == 0
+
+
+def test_nothing_but_results_is_written_at_home(here: Path) -> None:
+    (here / "home").mkdir()
+    paths = {"HOME": str(here / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, **paths}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    command = ["compile", "model.onnx", "-o", "o.onnx", "-t", "onnx", "-r", "dynamic"]
+    subprocess.run([sys.executable, "-m", "qgraph", *command], env=environment, check=True)
+    assert not contents(here / "home")
 
 
 def test_what_nobody_has_foreseen_is_one_line(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -279,6 +281,13 @@ g (float[N,4] a, float[N,4] b) => (float[N,4] s, float[N,2] y) {
 @pytest.fixture(scope="module")
 def two() -> qgraph.CompiledModel:
     return qgraph.compile(build(TWO, weight("w", 4, 2)), "dynamic", target=ONNX)
+
+
+def test_copies_run_like_the_original() -> None:
+    compiled = qgraph.compile(mlp(), "dynamic", target=ONNX)
+    wanted = compiled(**feed(mlp()))
+    for copy in (pickle.loads(pickle.dumps(compiled)), deepcopy(compiled)):
+        np.testing.assert_array_equal(copy(**feed(mlp())), wanted)
 
 
 def test_calls_by_position_and_by_name(two: qgraph.CompiledModel) -> None:

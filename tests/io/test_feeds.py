@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -487,3 +489,47 @@ def test_damaged_sample_in_the_middle(tmp_path: Path) -> None:
     content[len(content) // 2 : len(content) // 2 + 100] = bytes(100)
     path.write_bytes(content)
     assert "cannot be read as an .npz file" in refused(path)
+
+
+def _flag(local: int, central: int, value: int) -> Callable[[bytearray], None]:
+    """Sets a byte in both headers of the first file of an archive."""
+
+    def change(content: bytearray) -> None:
+        content[content.find(b"PK\x03\x04") + local] = value
+        content[content.find(b"PK\x01\x02") + central] = value
+
+    return change
+
+
+def _header(text: str) -> Callable[[bytearray], None]:
+    def change(content: bytearray) -> None:
+        start, end = content.find(b"{'descr"), content.find(b"}")
+        content[start : end + 1] = text.ljust(end + 1 - start).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_flag(6, 8, 1), "encrypted"),
+        (_flag(8, 10, 77), "compression method"),
+        (_header("{'descr': '<f4', 'shape': (4,"), ""),
+        (_header(f"{{'descr':'<f4','fortran_order':False,'shape':({1 << 70},)}}"), ""),
+    ],
+)
+def test_archives_that_cannot_be_read(
+    change: Callable[[bytearray], None], why: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "d.npz"
+    np.savez(path, x=np.zeros((4, 3, 8, 8), np.float32))
+    content = bytearray(path.read_bytes())
+    change(content)
+    path.write_bytes(content)
+    assert re.search(f"cannot be read as an .npz file: .*{why}", refused(path))
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "d.npz")
+    for path in (tmp_path / "d.npz", tmp_path, Path("/dev/zero")):
+        assert "it is not a file" in refused(path)
