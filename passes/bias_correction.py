@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qgraph.calibration.data import Batch, first_samples
 from qgraph.errors import CalibrationError
 from qgraph.graph.annotation import Stage, calibrated_stats, stats_of, weight_spec
 from qgraph.graph.editing import add_constant, remove_dead
@@ -48,11 +48,11 @@ class BiasCorrection(Pass):
 
     The mean error of every layer shrinks, but not always that of the model: on images that are
     mostly background, as pages of text, the background's mean is not the text's, and uncorrected
-    errors of consecutive layers may cancel. So the committed model is run on a few feeds with and
+    errors of consecutive layers may cancel. So the committed model is run on a few samples with and
     without the corrections, and they stay only where its outputs come nearer to float.
 
     Attributes:
-        trial: feeds to compare on; 0 always corrects.
+        trial: samples to compare on; 0 always corrects.
 
     Source: Nagel et al. 2019, "Data-Free Quantization through Weight Equalization and Bias
     Correction", section 4.2 and appendix D (empirical bias correction), eq. 14-17.
@@ -82,14 +82,14 @@ class BiasCorrection(Pass):
         """How many dB nearer to float the corrected model is, committed; None where unknown."""
         assert context.calibration is not None
         try:
-            feeds = [complete_feed(plain, f) for f in islice(context.calibration, self.trial)]
+            batches = list(first_samples(iter(context.calibration), self.trial))
         except CalibrationError:  # the data can be read once only, and has been
             return None
-        ideal = _outputs(plain, feeds)
+        ideal = _outputs(plain, batches)
         noise = []
         for model in (plain.clone(deep_copy=True), corrected):
             InsertQDQ().run(model, context)
-            actual = _outputs(model, feeds)
+            actual = _outputs(model, batches)
             noise.append(sum(map(relative_energy, ideal, actual)))
         if not all(np.isfinite(noise)) or 0.0 in noise:
             return None
@@ -134,10 +134,16 @@ class BiasCorrection(Pass):
         self.remark(context, site, "applied", message, largest_shift=largest)
 
 
-def _outputs(model: ir.Model, feeds: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
-    """All floating-point outputs, feed after feed."""
+def _outputs(model: ir.Model, batches: list[Batch]) -> list[np.ndarray]:
+    """All floating-point outputs, sample after sample."""
     session = open_session(model, arena=False)
-    return [y for feed in feeds for y in run(session, feed) if getattr(y, "dtype", None) == "f4"]
+    return [
+        sample
+        for batch in batches
+        for y in run(session, complete_feed(model, batch.feed))
+        if getattr(y, "dtype", None) == "f4"
+        for sample in batch.samples(y)
+    ]
 
 
 def _unfit(site: Site, spec: QuantSpec) -> str | None:

@@ -53,8 +53,8 @@ class PerBlock:
     size: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.size < 1 << 31:
-            raise QGraphError(f"blocks of {self.size} elements: use 1 or more")
+        if self.size >= 1 << 31:
+            raise QGraphError(f"blocks of {self.size} elements are too large: use less than 2^31")
 
     def __str__(self) -> str:
         return f"per-block({self.axis}, {self.size})"

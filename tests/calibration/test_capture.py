@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qgraph.calibration import walk as pieces
-from qgraph.calibration.capture import FEEDS, captured
+from qgraph.calibration.capture import LEAST, SAMPLES, captured
 from qgraph.errors import CalibrationError
 from qgraph.graph.text.printer import to_text
 from qgraph.io.feeds import Feed, open_calibration
@@ -66,23 +66,33 @@ def test_all_tokens_where_they_are_few() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 50))
-def test_a_few_evenly_spread_and_the_first_of_each_feed(time: int, count: int, rows: int) -> None:
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 50))
+def test_a_few_evenly_spread_and_the_first_of_each_sample(time: int, count: int, rows: int) -> None:
     model, feeds = transformer_block(), block_feeds(count, time)
     tokens = picked(model, ["x"], feeds, rows)["x"]
-    used = feeds[:FEEDS]
-    step = -(-2 * time // -(-rows // len(used)))
-    expected = np.concatenate([f["x"].reshape(-1, 16)[::step] for f in used])
-    np.testing.assert_array_equal(tokens, expected)
-    assert len(tokens) <= rows + len(used)
+    samples = [sample for f in feeds for sample in f["x"]][: max(SAMPLES, -(-LEAST // time))]
+    step = (time - 1) // -(-rows // len(samples)) + 1
+    np.testing.assert_array_equal(tokens, np.concatenate([sample[::step] for sample in samples]))
+    assert len(tokens) <= rows + len(samples)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 16])
+def test_how_many_samples_are_put_together_does_not_matter(size: int) -> None:
+    model, (whole_,) = transformer_block(), block_feeds(1)
+    x = np.resize(whole_["x"], (16, 12, 16)) + np.arange(16, dtype=np.float32)[:, None, None]
+    names = ["x", "n1", "gated"]
+    alone = picked(model, names, [{"x": sample[None]} for sample in x])
+    together = picked(model, names, [{"x": x[i : i + size]} for i in range(0, 16, size)])
+    for name in names:
+        np.testing.assert_allclose(together[name], alone[name], rtol=1e-4, atol=1e-5)
 
 
 def test_feeds_of_different_lengths() -> None:
     model = transformer_block()
     feeds = [*block_feeds(1, 3), *block_feeds(1, 100)]
     tokens = picked(model, ["n2"], feeds, 20)["n2"]
-    assert len(tokens) == 6 + 10
-    expected = [whole(model, "n2", feeds[0]), whole(model, "n2", feeds[1])[::20]]
+    short, long = (whole(model, "n2", f) for f in feeds)
+    expected = [short, long[:100:20], long[100::20]]
     np.testing.assert_allclose(tokens, np.concatenate(expected), rtol=1e-5, atol=1e-6)
 
 

@@ -153,6 +153,22 @@ def test_a_second_compilation_takes_the_statistics_from_the_cache(
     assert to_text(fewer_bits.model) != to_text(first.model)
 
 
+@pytest.mark.parametrize("recipe", ["static", "gptq", "awq", "smoothquant"])
+@pytest.mark.parametrize("make", [mlp, small_convnet, transformer_block])
+def test_how_many_samples_are_put_together_does_not_matter(
+    recipe: str, make: Callable[[], ir.Model]
+) -> None:
+    model = make()
+    x = np.concatenate([(1 + i / 8) * feed(model, i)["x"][:1] for i in range(16)])
+    parameters = {"bias_correction": True} if recipe == "static" else {}
+    texts = set()
+    for size in (1, 2, 16):
+        batches = [{"x": x[i : i + size]} for i in range(0, 16, size)]
+        compiled = qgraph.compile(model, recipe, batches, ONNX, **parameters)
+        texts.add(to_text(compiled.model))
+    assert len(texts) == 1
+
+
 # --- what stays -----------------------------------------------------------------------------------
 
 
