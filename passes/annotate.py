@@ -26,7 +26,7 @@ from qgraph.graph.annotation import (
 )
 from qgraph.graph.einsum import product_of
 from qgraph.graph.fused_products import why_fused
-from qgraph.graph.islands import Cost, settle, size
+from qgraph.graph.islands import Cost, gains, settle, size
 from qgraph.graph.ops import LINEAR
 from qgraph.graph.reading import (
     is_op,
@@ -300,12 +300,13 @@ def _weigh_convolutions(asking: Annotate, model: ir.Model, context: Context) -> 
             )
             convolutions.append(site)
     settled = settle(convolutions, costs, context.target.supports_glue)
+    gained = gains(convolutions, costs, settled, context.target.supports_glue)
     for site in convolutions:
         if site.node in settled:
             continue
         retract(site)
         why = "int8 here would cost more in conversions around it than its kernel saves"
-        numbers = verdicts[site.name].numbers
+        numbers = {**verdicts[site.name].numbers, "gain": gained[site.node]}
         asking.remark(context, site, "float", why, **numbers)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from qgraph.backends.cpu.isa import ISAS, host_isa, host_model
+from qgraph.backends.cpu.table import Decisions
 from qgraph.backends.cpu.target import SHIPPED, CpuTarget, host_table
 from qgraph.errors import QGraphError
 from qgraph.pipeline.target import Purpose
 
-__all__ = ["SHIPPED", "TARGETS", "CpuTarget", "describe", "host_table", "make"]
+__all__ = ["SHIPPED", "TARGETS", "CpuTarget", "Decisions", "describe", "host_table", "make"]
 
 TARGETS = (
     ("cpu", "stock onnxruntime on this machine; kernels are chosen by measuring them here"),

@@ -20,13 +20,16 @@ import numpy as np
 from qgraph.backends.cpu.case import Case
 from qgraph.backends.cpu.isa import host_isa, host_model
 from qgraph.backends.cpu.probes import build
-from qgraph.io.files import aside, read_json
+from qgraph.errors import QGraphError
+from qgraph.io.files import aside, read_json, write
 
 VERSION = 6
 """Raise it when the probes change: tables of other versions are measured anew."""
-ROUNDS = 7
+ROUNDS, MOST_ROUNDS = 7, 35
 SECONDS = 0.004
 """Each timing repeats its model for at least this long."""
+CLOSE = (0.8, 1.3)
+"""Ratios near those that decide are measured in more rounds: there, noise would decide."""
 
 
 def cache_folder() -> Path:
@@ -78,6 +81,40 @@ class Table:
         return iter(sorted(self.speedups.items()))
 
 
+@dataclass(frozen=True)
+class Decisions:
+    """The figures that decided, in a file of the user's: the next compilation decides alike.
+
+    Attributes:
+        path: of a JSON file with speedups by case; it need not be there yet.
+    """
+
+    path: Path
+
+    def speedup(self, case: Case, host: Table) -> float:
+        """What the file says of this case; else what `host` says, which is added to the file.
+
+        Raises:
+            QGraphError: the file holds something else, or cannot be written.
+        """
+        figures = self.figures()
+        if str(case) not in figures:
+            figures[str(case)] = host.speedup(case)
+            write(self.path, json.dumps(figures, indent=1, sort_keys=True) + "\n")
+        return figures[str(case)]
+
+    def figures(self) -> dict[str, float]:
+        """All that the file says.
+
+        Raises:
+            QGraphError: it holds something else.
+        """
+        figures = _read(self.path)
+        if not figures and self.path.exists() and self.path.stat().st_size:
+            raise QGraphError(f"{self.path} holds no decisions: remove it or give another name")
+        return figures
+
+
 def _read(path: Path) -> dict[str, float]:
     """What a table file holds; nothing where it is missing or broken."""
     try:
@@ -98,9 +135,11 @@ def measure(case: Case) -> float:
         sessions.append(open_session(model, threads=1))
     repeats = [_repeats(session, feed) for session in sessions]
     best = [np.inf, np.inf]
-    for _ in range(ROUNDS):
+    for number in range(1, MOST_ROUNDS + 1):
         for index, session in enumerate(sessions):
             best[index] = min(best[index], _time(session, feed, repeats[index]))
+        if number >= ROUNDS and not CLOSE[0] < best[0] / best[1] < CLOSE[1]:
+            break
     return float(best[0] / best[1])
 
 

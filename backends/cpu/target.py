@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from qgraph.backends.cpu.case import Case, Lowering, rounded
 from qgraph.backends.cpu.isa import SATURATING, host_isa
 from qgraph.backends.cpu.norms import part_norms, part_rms_norms
-from qgraph.backends.cpu.table import Table
+from qgraph.backends.cpu.table import Decisions, Table
 from qgraph.backends.cpu.tokens import defer_scales, lower_quantizers
 from qgraph.backends.lowering.block_products import lower_block_products
 from qgraph.backends.lowering.block_tables import lower_block_tables
@@ -40,6 +41,8 @@ ROWS: dict[Purpose, tuple[int, ...]] = {"prompt": (128,), "decode": (1,), "both"
 PIXELS = 196
 MARGIN = 1.02
 """A quantized operator must beat float by this much: below it, noise decides."""
+NEAR = 0.05
+"""Verdicts within this share of it say so."""
 
 WORTH, CLOSE = 1.15, 0.95
 """A second body must make prompts this much faster; columns must come so near to blocks for one row
@@ -90,11 +93,13 @@ class CpuTarget:
         name: `cpu` or `cpu:<isa>`.
         isa: one of :data:`isa.ISAS`.
         optimize_for: which numbers of rows count, see :data:`ROWS`.
+        decisions: file with the figures to decide by; those that it lacks are added to it.
     """
 
     name: str = "cpu"
     isa: str = field(default_factory=host_isa)
     optimize_for: Purpose = "both"
+    decisions: Path | None = None
 
     open_session = staticmethod(open_session)
 
@@ -137,6 +142,8 @@ class CpuTarget:
             return self._convolution(lowering, k, n)
         speedup = _mean(self._speedups(Case(lowering, k, n, 0)))
         where = "on this host" if self.measured else f"on {self.isa} (shipped figures)"
+        if abs(speedup / MARGIN - 1) < NEAR:
+            where += f", close to the {MARGIN}x that decide"
         if speedup < MARGIN:
             return Verdict(
                 False, f"int8 {lowering} is {speedup:.2f}x float {where} at this size", speedup
@@ -177,7 +184,7 @@ class CpuTarget:
             return Verdict(True, f"assumed for {self.isa}", *ASSUMED_CONVOLUTION)
         size = (rounded(k, 512), rounded(n, 512), PIXELS)
         alone, chained = (
-            chain / host_table().speedup(Case(lowering, *size, chain=chain)) for chain in (1, CHAIN)
+            chain / self._figure(Case(lowering, *size, chain=chain)) for chain in (1, CHAIN)
         )
         integer = max((chained - alone) / (CHAIN - 1), 0.05)
         return Verdict(True, "measured on this host", 1 / integer, max(alone - integer, 0.0))
@@ -189,7 +196,13 @@ class CpuTarget:
     def _speedup(self, case: Case, rows: int) -> float:
         if not self.measured:
             return SHIPPED[f"blocks-{case.bits}" if case.block else case.lowering][rows]
-        return host_table().speedup(replace(case, k=rounded(case.k), n=rounded(case.n), m=rows))
+        return self._figure(replace(case, k=rounded(case.k), n=rounded(case.n), m=rows))
+
+    def _figure(self, case: Case) -> float:
+        """Float time / quantized time of a case on this host."""
+        if self.decisions is None:
+            return host_table().speedup(case)
+        return Decisions(self.decisions).speedup(case, host_table())
 
     def crossover(self, products: Sequence[BlockProduct]) -> int | None:
         if self.optimize_for != "both" or self._gain(products, ROWS["prompt"][0]) < WORTH:
@@ -216,7 +229,7 @@ class CpuTarget:
         if not self.measured:
             return False
         cases = [Case(norm, NORM_WIDTH, NORM_WIDTH, m) for m in ROWS[self.optimize_for]]
-        return all(host_table().speedup(case) > MARGIN for case in cases)
+        return all(self._figure(case) > MARGIN for case in cases)
 
     def supports_glue(self, node: ir.Node) -> bool:
         return is_op(node, *GLUE) and not dilated_average(node)

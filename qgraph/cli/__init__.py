@@ -145,6 +145,10 @@ def compile(
     ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all remarks.")] = None,
+    decisions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measured figures to decide by; new ones are added."),
+    ] = None,
     verify: Verify = False,
 ) -> None:
     """Quantize a model by a recipe and save it for a target."""
@@ -162,10 +166,12 @@ def compile(
     memory = None if max_memory is None else shell.parse_size(max_memory)
     source = qgraph.load(model)
     check_output(source, output)
-    pages = [page for page in (report, json) if page is not None]
+    pages = [page for page in (report, json, decisions) if page is not None]
     given = [calibration, *settings.values(), train and f"{train.partition(':')[0]}.py"]
     shell.check_pages(pages, source, output, given)
     aim = get_target(target, optimize_for)
+    if decisions is not None:
+        aim = shell.deciding_by(decisions, aim)
     if train is None:
         compiled = qgraph.compile(
             source,

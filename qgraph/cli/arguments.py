@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from inspect import Parameter, getdoc, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qgraph.pipeline.pass_manager import Pass
+    from qgraph.pipeline.target import Target
 
 
 def show(content: RenderableType) -> None:
@@ -93,6 +94,20 @@ def parse_size(text: str) -> int:
     if size is None or float(size[1]) == 0:
         raise QGraphError(f"--max-memory {text}: write a size like 2G or 500M")
     return int(float(size[1]) * 1024 ** " kmgt".index(size[2].lower() or " "))
+
+
+def deciding_by(file: Path, target: Target) -> Target:
+    """`target` with its measured figures in a file.
+
+    Raises:
+        QGraphError: it measures nothing, or the file is something else.
+    """
+    from qgraph.backends.cpu import CpuTarget, Decisions
+
+    if not isinstance(target, CpuTarget) or not target.measured:
+        raise QGraphError(f"--decisions {file}: target '{target.name}' measures nothing")
+    Decisions(file).figures()
+    return replace(target, decisions=file)
 
 
 def check_pages(

@@ -70,6 +70,13 @@ def settle(sites: Sequence[Site], costs: Mapping[ir.Node, Cost], glue: Glue) -> 
     return best
 
 
+def gains(
+    sites: Sequence[Site], costs: Mapping[ir.Node, Cost], quantized: set[ir.Node], glue: Glue
+) -> dict[ir.Node, float]:
+    """What each site gains in integers, the others as they are in `quantized`; see :func:`gain`."""
+    return {s.node: gain(costs[s.node], _sides(s, quantized, glue)) for s in sites}
+
+
 def size(site: Site) -> float:
     """Multiplications of a convolution, output pixels counted where their number is known."""
     k, n = site.kn

@@ -378,3 +378,28 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     assert table.cache_folder().is_absolute()
+
+
+@pytest.mark.parametrize(("ratio", "rounds"), [(3.0, table.ROUNDS), (1.05, table.MOST_ROUNDS)])
+def test_close_ratios_are_measured_in_more_rounds(
+    ratio: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[int] = []
+
+    def time(session: int, feed: object, repeats: int) -> float:
+        times.append(session)
+        return ratio if session == 0 else 1.0
+
+    sessions = iter((0, 1))
+    monkeypatch.setattr("qgraph.io.session.open_session", lambda *_, **__: next(sessions))
+    monkeypatch.setattr(table, "_time", time)
+    monkeypatch.setattr(table, "_repeats", lambda *_: 1)
+    assert table.measure(CASE) == pytest.approx(ratio)
+    assert len(times) == 2 * rounds
+
+
+def test_verdicts_say_how_close_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    for speedup, close in ((1.0, True), (1.05, True), (0.9, False), (1.2, False)):
+        target, _ = host(monkeypatch, speedup)
+        reason = target.supports(SITES["matmul"], PER_TOKEN, WEIGHT).reason
+        assert ("close to the 1.02x that decide" in reason) is close

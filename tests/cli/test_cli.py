@@ -350,6 +350,16 @@ BAD: dict[str, tuple[Callable[[Path], object] | None, str, str]] = {
     "observers without what they collect": (
         _saved_observers, "opt o.onnx -o p.onnx -c data.npz -p calibrate", "in one pipeline"
     ),
+    "decisions that are none": (
+        lambda h: (h / "d").write_text("mine"),
+        COMPILE + "-r dynamic --decisions d", "holds no decisions"
+    ),
+    "decisions where nothing is measured": (
+        None, COMPILE + "-r dynamic -t onnx --decisions d", "measures nothing"
+    ),
+    "decisions over the model": (
+        None, COMPILE + "-r dynamic --decisions model.onnx", "own file"
+    ),
     "printing after no pass": (
         None, "opt model.onnx -p canonicalize -o out.onnx --print-after lower", "lower"
     ),
@@ -529,6 +539,23 @@ def test_nothing_but_results_is_written_at_home(here: Path) -> None:
     command = ["compile", "model.onnx", "-o", "o.onnx", "-t", "onnx", "-r", "dynamic"]
     subprocess.run([sys.executable, "-m", "qgraph", *command], env=environment, check=True)
     assert not contents(here / "home")
+
+
+def test_decisions_are_kept_in_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(speedup: float, *options: str) -> str:
+        class Fake:
+            def speedup(self, case: object) -> float:
+                return speedup
+
+        monkeypatch.setattr("qgraph.backends.cpu.target.host_table", Fake)
+        command = ["compile", "model.onnx", "-o", "out.onnx", "-r", "dynamic", *options]
+        assert main(command) == 0
+        return contents(here)["out.onnx"]
+
+    fast, slow = compiled(3.0, "--decisions", "d.json"), compiled(0.5)
+    assert fast != slow
+    assert compiled(0.5, "--decisions", "d.json") == fast
+    assert set(json.loads(Path("d.json").read_text()).values()) == {3.0}
 
 
 def test_what_nobody_has_foreseen_is_one_line(

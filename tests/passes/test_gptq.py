@@ -452,7 +452,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         steps.clear()
         context = Context(ONNX, sentences(), cache=cache, progress=Impatient(after))
         PassManager((*annotate(), GPTQ(damping=damping))).run(model, context)
-        assert len(said(context)) == 7
+        assert len([kind for kind, *_ in said(context) if kind != "warning"]) == 7
         return integers(model)
 
     wanted = run(None)
