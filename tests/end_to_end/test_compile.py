@@ -160,7 +160,7 @@ def test_how_many_samples_are_put_together_does_not_matter(
 ) -> None:
     model = make()
     x = np.concatenate([(1 + i / 8) * feed(model, i)["x"][:1] for i in range(16)])
-    parameters = {"bias_correction": True} if recipe == "static" else {}
+    parameters: dict[str, Any] = {"bias_correction": True} if recipe == "static" else {}
     texts = set()
     for size in (1, 2, 16):
         batches = [{"x": x[i : i + size]} for i in range(0, 16, size)]
