@@ -18,6 +18,7 @@ from qgraph.graph.reading import initializers
 from qgraph.io.feeds import open_calibration
 from qgraph.io.models import load
 from qgraph.io.random_feed import first_feed
+from qgraph.pipeline.blame import blaming
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import PassManager
 from qgraph.pipeline.progress import Progress, silent
@@ -103,7 +104,8 @@ def compile(
     )
     result = copied(source) if trained is None else trained.annotated()
     given = frozenset(stages_of(result))
-    PassManager(chosen.passes, verify=verify, given=given).run(result, context)
+    with blaming(source, context):
+        PassManager(chosen.passes, verify=verify, given=given).run(result, context)
     if aim.measured:
         _compare_speed(source, result, context)
     compiled = CompiledModel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 import warnings
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries, about themselves
+        logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     given = sys.argv[1:] if arguments is None else arguments
     rest = [argument for argument in given if argument != "--traceback"]
     try:
@@ -236,10 +238,11 @@ def opt(
     import qgraph
     from qgraph.backends import get_target
     from qgraph.cli.progress import display
-    from qgraph.graph.annotation import Stage, stages_of
+    from qgraph.graph.annotation import Stage, copied, stages_of
     from qgraph.io.feeds import open_calibration
     from qgraph.io.models import check_output, save
     from qgraph.passes import all_passes
+    from qgraph.pipeline.blame import blaming
     from qgraph.pipeline.context import Context
     from qgraph.pipeline.parse import parse
     from qgraph.pipeline.remarks import Remarks
@@ -255,8 +258,9 @@ def opt(
     check_output(source, output)
     feeds = None if calibration is None else open_calibration(calibration, source, samples=samples)
     context = Context(aim, feeds, seed=seed, cache=cache, progress=display())
-    manager.run(source, context)
-    save(source, output, open_session=aim.open_session)
+    with blaming(copied(source), context):
+        manager.run(source, context)
+        save(source, output, open_session=aim.open_session)
     if pipeline != written:
         print(f"ran with what it needs: {manager}")
     for line in _effects(context.remarks):

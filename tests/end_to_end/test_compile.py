@@ -410,6 +410,20 @@ def _out_of_order() -> ir.Model:
     return model
 
 
+def test_a_model_that_does_not_run_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bool:
+        raise ValueError("could not be broadcast")
+
+    monkeypatch.setattr(Canonicalize, "run", fail)
+    model = small_convnet()
+    with pytest.raises(ValueError, match="broadcast"):
+        qgraph.compile(model, "dynamic", target=ONNX)
+    model.graph.initializers["m1"].const_value = ir.Tensor(np.zeros(5, np.float32), name="m1")
+    with pytest.raises(ModelError, match="onnxruntime does not run this model: ") as error:
+        qgraph.compile(model, "dynamic", target=ONNX)
+    assert isinstance(error.value.__cause__, ValueError)
+
+
 def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     model = mlp()
     cases: list[tuple[type[QGraphError], str, dict[str, object]]] = [
