@@ -29,6 +29,7 @@ from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.load_checkpoint import LoadCheckpoint
 from qgraph.passes.lower import Lower
+from qgraph.passes.quantize_kv_cache import QuantizeKVCache
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.split_outliers import SplitOutliers
 from qgraph.passes.use_bnb4 import UseBnb4
@@ -71,6 +72,7 @@ ALL: tuple[type[Pass], ...] = (
     InsertQDQ,
     FoldQDQ,
     # lowered: the target has its own operators
+    QuantizeKVCache,
     BranchOnRows,
     UseBnb4,
     Lower,

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qgraph.errors import PipelineError
 from qgraph.graph.annotation import Stage
+from qgraph.graph.attention import attend_in_float, keeps_integers
 from qgraph.graph.branch import branch
 from qgraph.graph.editing import remove_dead, shared_constant, typed
 from qgraph.graph.functions import (
@@ -20,6 +21,7 @@ from qgraph.graph.functions import (
     round_in_blocks,
     round_per_token,
 )
+from qgraph.graph.names import fresh_name
 from qgraph.graph.ops import lowest_value
 from qgraph.graph.reading import array, attribute, computing, constant, input_of, is_op, producer
 from qgraph.io.states import find_states
@@ -33,6 +35,8 @@ COARSE = 4
 SIZES = (256, 128, 64, 32, 16)
 """Of blocks of activations, where the weight has none of its own: the largest that divides K, as
 each takes a scale on disk, and what fills the last one is stored, too."""
+PROMPT = 16
+"""Tokens from which attention over a cache of integers is faster in float."""
 SHORT = 8
 """Rows of the shortest run of a model that has no past, and so no single tokens."""
 
@@ -80,18 +84,19 @@ class BranchOnRows(Pass):
         return False
 
     def _branched(self, model: ir.Model, context: Context) -> bool:
-        target = context.target
-        if not isinstance(target, TwoSpeed):
-            return False
-        if not all(isinstance(value.type, ir.TensorType) for value in model.graph.outputs):
-            return False  # an If returns no maps
         if len(list(model.graphs())) > 1:
             return False  # copies of bodies would go on reading what is outside of both
         products = {node: product for node in model.graph if (product := _product(node))}
-        counted = _counted_input(model.graph, products)
+        attention = [node for node in model.graph if keeps_integers(node)]
+        counted = _counted_input(model.graph, products, attention)
         if counted is None:
             return False
-        rows = target.crossover(list(products.values()))
+        target, rows = context.target, None
+        if isinstance(target, TwoSpeed) and products:
+            rows = target.crossover(list(products.values()))
+        if attention:
+            self._branch_on_length(model, counted, products, rows, context)
+            return True
         if rows is None:
             return False
         decodes = bool(find_states(model.graph.inputs, model.graph.outputs))
@@ -114,6 +119,31 @@ class BranchOnRows(Pass):
             rows=rows, bytes=size,
         )  # fmt: skip
         return True
+
+    def _branch_on_length(
+        self,
+        model: ir.Model,
+        counted: Counted,
+        products: dict[ir.Node, BlockProduct],
+        rows: int | None,
+        context: Context,
+    ) -> None:
+        """Two bodies of which the second attends in float, and has the products of prompts."""
+        length = max(rows or 0, PROMPT)
+        few, many = branch(model, _shorter(model, counted, length))
+        if rows is not None:
+            _round_by_token(model, many)
+            (_round_in_blocks if rows > 1 else _round_by_token)(model, few)
+        for node in [node for node in many if keeps_integers(node)]:
+            attend_in_float(model, node)
+        remove_dead(model)
+        size = sum(p.k * p.n for p in products.values()) if rows is not None and rows > 1 else 0
+        context.remark(
+            "applied", self.name, "", "If",
+            f"two bodies: from {length} tokens on attention is float and only what is cached is "
+            f"rounded; the second takes {size / 1e6:.1f} MB more memory; bodies=1 keeps the first",
+            rows=length, bytes=size,
+        )  # fmt: skip
 
 
 def _tell_what_is_slow(context: Context) -> None:
@@ -154,14 +184,20 @@ def _product(node: ir.Node) -> BlockProduct | None:
     return BlockProduct(int(k), int(n), bits, size or whole)
 
 
+Counted = tuple[ir.Value, bool]
+"""An input whose sizes tell the number of rows, and whether its last axis is of channels."""
+
+
 def _counted_input(
-    graph: ir.Graph, products: dict[ir.Node, BlockProduct]
-) -> tuple[ir.Value, bool] | None:
-    """The input whose sizes tell the rows of most products, and whether its last axis is of
-    channels; None where there is none, or where the number is fixed."""
+    graph: ir.Graph, products: dict[ir.Node, BlockProduct], attention: list[ir.Node]
+) -> Counted | None:
+    """The input whose sizes tell the rows of most products, or else of attention; None where there
+    is none, or where the number is fixed."""
     leads: Counter[tuple[str, ...]] = Counter()
     for node, product in products.items():
         leads[_lead(input_of(node, 0))] += product.k * product.n
+    for node in attention:
+        leads[_lead(input_of(node, 0))] += 1
     for lead, _ in leads.most_common(1):
         if not lead or all(d.isdigit() for d in lead):
             return None
@@ -181,25 +217,41 @@ def _lead(value: ir.Value) -> tuple[str, ...]:
     return _sizes(value)[:-1]
 
 
-def _fewer_rows(model: ir.Model, counted: tuple[ir.Value, bool], rows: int) -> ir.Value:
+def _fewer_rows(model: ir.Model, counted: Counted, rows: int) -> ir.Value:
     """Whether a run has fewer rows than that, computed at the end of the graph."""
     value, channels = counted
-    graph = model.graph
+    if not channels:
+        return _less(model, _last(model, "Size", [value]), rows)
+    sizes = _some_sizes(model, value, np.arange(len(value.shape or ()) - 1))
+    return _less(model, _last(model, "ReduceProd", [sizes], keepdims=0), rows)
 
-    def op(
-        op_type: str, *inputs: ir.Value, dtype: ir.DataType = ir.DataType.INT64, **attributes: int
-    ) -> ir.Value:
-        node = ir.node(
-            op_type, list(inputs), attributes=attributes, outputs=[ir.Value(name=f"rows_{op_type}")]
-        )
-        graph.append(node)
-        return typed(node, dtype, [] if op_type != "Shape" else None)
 
-    count = (
-        op("ReduceProd", op("Shape", value, end=-1), keepdims=0) if channels else op("Size", value)
-    )
-    limit = shared_constant(model, f"qgraph/rows_{rows}", np.int64(rows))
-    return op("Less", count, limit, dtype=ir.DataType.BOOL)
+def _shorter(model: ir.Model, counted: Counted, length: int) -> ir.Value:
+    """Whether the sequences of a run have fewer tokens than that."""
+    value, channels = counted
+    axis = np.int64(len(value.shape or ()) - (2 if channels else 1))
+    return _less(model, _some_sizes(model, value, axis), length)
+
+
+def _some_sizes(model: ir.Model, value: ir.Value, axes: np.ndarray | np.generic) -> ir.Value:
+    shape = _last(model, "Shape", [value])
+    name = f"qgraph/axes_{'_'.join(map(str, np.atleast_1d(axes)))}_{axes.ndim}"
+    return _last(model, "Gather", [shape, shared_constant(model, name, axes)])
+
+
+def _less(model: ir.Model, count: ir.Value, bound: int) -> ir.Value:
+    limit = shared_constant(model, f"qgraph/rows_{bound}", np.int64(bound))
+    less = _last(model, "Less", [count, limit])
+    less.type = ir.TensorType(ir.DataType.BOOL)
+    return less
+
+
+def _last(model: ir.Model, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+    """What a node at the end of the main graph computes: an int64, or several."""
+    name = fresh_name(model, f"rows_{op_type}")
+    node = ir.node(op_type, inputs, attributes=attributes, outputs=[ir.Value(name=name)], name=name)
+    model.graph.append(node)
+    return typed(node, ir.DataType.INT64, None)
 
 
 def _round_by_token(model: ir.Model, body: ir.Graph) -> bool:

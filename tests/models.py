@@ -42,8 +42,13 @@ def weight(name: str, *shape: int, seed: int = 0, spread: float = 1.0) -> ir.Ten
 
 
 def parsed(text: str, *tensors: ir.TensorProtocol) -> ir.Model:
-    """A model from the textual syntax of ONNX and these initializers, as it is written."""
-    proto = onnx.parser.parse_model(HEADER + text)
+    """A model from the textual syntax of ONNX and these initializers, as it is written.
+
+    Args:
+        text: of the graph, or of the model if it begins with a header of its own.
+    """
+    header = "" if text.lstrip().startswith("<") else HEADER
+    proto = onnx.parser.parse_model(header + text)
     for tensor in tensors:
         initializer = ir.to_proto(tensor)
         assert isinstance(initializer, onnx.TensorProto)

@@ -24,6 +24,7 @@ def static(
     min_sqnr: float = 25.0,
     equalize: bool = False,
     bias_correction: bool = True,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """INT8 weights and activations, scales fixed by calibration; fastest for convolutional nets.
@@ -35,6 +36,7 @@ def static(
         min_sqnr: sites whose median token would keep less than this many dB become dynamic.
         equalize: move ranges between consecutive layers first (Nagel et al. 2019).
         bias_correction: correct the mean shift that rounding the weights causes (same paper).
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     steps = (
@@ -45,18 +47,27 @@ def static(
         GuardStatic(min_sqnr=min_sqnr),
         *((BiasCorrection(),) if bias_correction else ()),
     )
-    return Recipe("static", (*FLOAT_STAGE, *steps, *commit()), calibrates=True)
+    return Recipe(
+        "static", (*FLOAT_STAGE, *steps, *commit(bodies=1, kv_bits=kv_bits)), calibrates=True
+    )
 
 
 @listed
-def dynamic(*, bits: int = 8, bodies: int = 2, rules: Sequence[Rule] = ()) -> Recipe:
+def dynamic(
+    *, bits: int = 8, bodies: int = 2, kv_bits: int = 0, rules: Sequence[Rule] = ()
+) -> Recipe:
     """INT8 weights, activation scales computed at run time, token by token; needs no data.
 
     Args:
         bits: bits of the weights, 2 to 8.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     annotate = Annotate("dynamic", rules=tuple(rules), weight=int8_weight(bits))
-    return Recipe("dynamic", (*FLOAT_STAGE, annotate, *commit(bodies=bodies)))
+    return Recipe(
+        "dynamic",
+        (*FLOAT_STAGE, annotate, *commit(bodies=bodies, kv_bits=kv_bits)),
+        calibrates=bool(kv_bits),
+    )

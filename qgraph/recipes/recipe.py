@@ -26,6 +26,7 @@ from qgraph.passes.fold_qdq import FoldQDQ
 from qgraph.passes.fuse import Fuse
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.lower import Lower
+from qgraph.passes.quantize_kv_cache import QuantizeKVCache
 from qgraph.pipeline.pass_manager import Pass
 
 
@@ -81,7 +82,11 @@ def small_integers(rules: Sequence[Rule], weight: QuantSpec = WEIGHT) -> tuple[P
 
 
 def commit(
-    *rounding: Pass, tables: bool = True, rewrites: tuple[Pass, ...] = (), bodies: int | None = None
+    *rounding: Pass,
+    tables: bool = True,
+    rewrites: tuple[Pass, ...] = (),
+    bodies: int | None = None,
+    kv_bits: int = 0,
 ) -> tuple[Pass, ...]:
     """What every recipe ends with: from annotations to integers in the target's operators.
 
@@ -91,7 +96,9 @@ def commit(
         rewrites: of the graph with its integers, before the target has its turn.
         bodies: at most so many for prompts and single tokens, see `branch-on-rows`; None where
             there is nothing to choose.
+        kv_bits: of the cache of attention, 0 = float.
     """
     balance = (BalanceTables(),) if tables else ()
+    cache = (QuantizeKVCache(kv_bits),) if kv_bits else ()
     branch = () if bodies is None else (BranchOnRows(bodies),)
-    return *balance, *rounding, InsertQDQ(), FoldQDQ(), *rewrites, *branch, Lower()
+    return *balance, *rounding, InsertQDQ(), FoldQDQ(), *cache, *rewrites, *branch, Lower()

@@ -30,6 +30,7 @@ def llm_int8(
     share: float = 0.02,
     bits: int = 8,
     bodies: int = 2,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """INT8 transformers in which channels with outliers stay in float.
@@ -41,11 +42,14 @@ def llm_int8(
         bits: bits of the weights, 2 to 8.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     annotate = Annotate("dynamic", rules=tuple(rules), weight=int8_weight(bits))
     steps = (annotate, *_RANGES, SplitOutliers(threshold, share))
-    return Recipe("llm-int8", (*FLOAT_STAGE, *steps, *commit(bodies=bodies)), calibrates=True)
+    return Recipe(
+        "llm-int8", (*FLOAT_STAGE, *steps, *commit(bodies=bodies, kv_bits=kv_bits)), calibrates=True
+    )
 
 
 @listed
@@ -57,6 +61,7 @@ def smoothquant(
     bits: int = 8,
     min_sqnr: float = 25.0,
     bodies: int = 2,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """INT8 transformers whose large activation channels were moved into the weights.
@@ -73,6 +78,7 @@ def smoothquant(
             scales token by token.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     if level not in get_args(Level):
@@ -91,7 +97,7 @@ def smoothquant(
         steps = (*steps, *_RANGES, GuardStatic(min_sqnr=min_sqnr))
     return Recipe(
         "smoothquant",
-        (*FLOAT_STAGE, *steps, *commit(*_distill(lkd), bodies=bodies)),
+        (*FLOAT_STAGE, *steps, *commit(*_distill(lkd), bodies=bodies, kv_bits=kv_bits)),
         calibrates=True,
     )
 
@@ -105,6 +111,7 @@ def zeroquant(
     lkd: bool = False,
     alpha: float | Literal["search"] = 0.5,
     bodies: int = 2,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Transformers with weights of 8 bits, or 4 in MLPs, and activation scales token by token.
@@ -121,6 +128,7 @@ def zeroquant(
             0 = none, the paper's plain method.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     weight, mlp = in_groups(bits, group_size), in_groups(mlp_bits or bits, group_size)
@@ -128,8 +136,13 @@ def zeroquant(
     others = () if mlp == weight else (products,)
     annotate = small_integers((*rules, *others), weight)
     smooth = (*_RANGES, Smooth(alpha)) if alpha else ()
-    steps = (*FLOAT_STAGE, *annotate, *smooth, *commit(*_distill(lkd), bodies=bodies))
-    return Recipe("zeroquant", steps, calibrates=bool(alpha) or lkd)
+    steps = (
+        *FLOAT_STAGE,
+        *annotate,
+        *smooth,
+        *commit(*_distill(lkd), bodies=bodies, kv_bits=kv_bits),
+    )
+    return Recipe("zeroquant", steps, calibrates=bool(alpha or kv_bits) or lkd)
 
 
 @listed
@@ -139,6 +152,7 @@ def w8a8(
     share: float = 0.03,
     group_size: int = 128,
     bodies: int = 2,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """INT8 transformers at the least loss: smoothed, in groups where that counts, outliers float.
@@ -153,12 +167,15 @@ def w8a8(
         group_size: input channels of the last product of an MLP that share a scale, 0 = all.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     grouped = (_grouped(group_size),) if checked_group_size(group_size) else ()
     annotate = small_integers((*rules, *grouped))
     steps = (*annotate, *_RANGES, Smooth(alpha), SplitOutliers(0.0, share))
-    return Recipe("w8a8", (*FLOAT_STAGE, *steps, *commit(bodies=bodies)), calibrates=True)
+    return Recipe(
+        "w8a8", (*FLOAT_STAGE, *steps, *commit(bodies=bodies, kv_bits=kv_bits)), calibrates=True
+    )
 
 
 _RANGES = InsertObservers(channel_ranges=True), Calibrate()

@@ -45,6 +45,7 @@ def rtn(
     observer: WeightRange = "absmax",
     embedding_bits: int = 8,
     bodies: int = 2,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits, rounded to nearest; needs no data.
@@ -58,11 +59,16 @@ def rtn(
             to the last product is stored once with it.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     own = _weight_rules(bits, group_size, symmetric, observer, embedding_bits)
     annotate = small_integers((*rules, *own))
-    return Recipe("rtn", (*FLOAT_STAGE, *annotate, *commit(bodies=bodies)))
+    return Recipe(
+        "rtn",
+        (*FLOAT_STAGE, *annotate, *commit(bodies=bodies, kv_bits=kv_bits)),
+        calibrates=bool(kv_bits),
+    )
 
 
 @listed
@@ -75,6 +81,7 @@ def gptq(
     damping: float = 0.1,
     embedding_bits: int = 8,
     bodies: int = 2,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits that make up for each other's rounding errors on calibration data.
@@ -90,11 +97,16 @@ def gptq(
             product that is tied to one.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     own = _weight_rules(bits, group_size, symmetric, "absmax", embedding_bits)
     annotate = small_integers((*rules, *own))
-    steps = (*FLOAT_STAGE, *annotate, *commit(GPTQ(act_order, damping), bodies=bodies))
+    steps = (
+        *FLOAT_STAGE,
+        *annotate,
+        *commit(GPTQ(act_order, damping), bodies=bodies, kv_bits=kv_bits),
+    )
     return Recipe("gptq", steps, calibrates=True)
 
 
@@ -107,6 +119,7 @@ def awq(
     clip: bool = True,
     embedding_bits: int = 8,
     bodies: int = 2,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits, scaled and clipped by what their outputs lose on calibration data.
@@ -120,12 +133,13 @@ def awq(
             product that is tied to one.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     own = _weight_rules(bits, group_size, symmetric, "absmax", embedding_bits)
     annotate = small_integers((*rules, *own))
     clipped = (ClipWeights(),) if clip else ()
-    steps = (*FLOAT_STAGE, *annotate, AWQ(), *commit(*clipped, bodies=bodies))
+    steps = (*FLOAT_STAGE, *annotate, AWQ(), *commit(*clipped, bodies=bodies, kv_bits=kv_bits))
     return Recipe("awq", steps, calibrates=True)
 
 
@@ -137,6 +151,7 @@ def adaround(
     symmetric: bool = True,
     steps: int = 200,
     bodies: int = 2,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits, each learned to be rounded up or down, layer by layer; needs torch.
@@ -148,9 +163,10 @@ def adaround(
         steps: of learning, for each layer.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
-    return _learned(AdaRound(steps), bits, group_size, symmetric, bodies, rules)
+    return _learned(AdaRound(steps), bits, group_size, symmetric, bodies, kv_bits, rules)
 
 
 @listed
@@ -161,6 +177,7 @@ def autoround(
     symmetric: bool = True,
     steps: int = 200,
     bodies: int = 2,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits whose rounding and ranges are learned, block by block; needs torch.
@@ -172,9 +189,10 @@ def autoround(
         steps: of learning, for each block.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
-    return _learned(AutoRound(steps), bits, group_size, symmetric, bodies, rules)
+    return _learned(AutoRound(steps), bits, group_size, symmetric, bodies, kv_bits, rules)
 
 
 @listed
@@ -185,6 +203,7 @@ def hqq(
     symmetric: bool = False,
     embedding_bits: int = 8,
     bodies: int = 2,
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 2 to 8 bits, in ranges that suit most weights of a block; needs no data.
@@ -197,11 +216,16 @@ def hqq(
             product that is tied to one.
         bodies: 2 lets the number of rows of a run choose between two bodies of the model, where
             prompts and single tokens want different kernels; 1 keeps one, in less memory.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     own = _weight_rules(bits, group_size, symmetric, "absmax", embedding_bits)
     annotate = small_integers((*rules, *own))
-    return Recipe("hqq", (*FLOAT_STAGE, *annotate, *commit(HQQ(), bodies=bodies)))
+    return Recipe(
+        "hqq",
+        (*FLOAT_STAGE, *annotate, *commit(HQQ(), bodies=bodies, kv_bits=kv_bits)),
+        calibrates=bool(kv_bits),
+    )
 
 
 @listed
@@ -211,6 +235,7 @@ def nf4(
     double_quant: bool = True,
     observer: WeightRange = "mse",
     kernel: CodebookKernel = "int8",
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 4 bits at the quantiles of the normal distribution (QLoRA); needs no data.
@@ -223,11 +248,16 @@ def nf4(
             it.
         kernel: `int8` is fast, its levels rounded to 127ths; `bnb4` keeps them exact in MatMulBnb4,
             which other tools know, and which on CPUs is five times slower than float.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     products = _codebook("nf4", group_size, double_quant, observer, kernel)
     annotate = small_integers((*rules, products))
-    return Recipe("nf4", (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel), bodies=1)))
+    return Recipe(
+        "nf4",
+        (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel), bodies=2, kv_bits=kv_bits)),
+        calibrates=bool(kv_bits),
+    )
 
 
 @listed
@@ -237,6 +267,7 @@ def fp4(
     double_quant: bool = True,
     observer: WeightRange = "mse",
     kernel: CodebookKernel = "int8",
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights of 4 bits as floats, the older format of bitsandbytes; needs no data.
@@ -246,11 +277,16 @@ def fp4(
         double_quant: scales in 8 bits each, instead of 32.
         observer: as in `nf4`.
         kernel: as in `nf4`.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: which sites to treat otherwise.
     """
     products = _codebook("fp4", group_size, double_quant, observer, kernel)
     annotate = small_integers((*rules, products))
-    return Recipe("fp4", (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel), bodies=1)))
+    return Recipe(
+        "fp4",
+        (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel), bodies=2, kv_bits=kv_bits)),
+        calibrates=bool(kv_bits),
+    )
 
 
 @listed
@@ -281,6 +317,7 @@ def checkpoint(
     check: bool = True,
     bits: int = 0,
     kernel: CodebookKernel = "int8",
+    kv_bits: int = 0,
     rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Weights that GPTQ, AWQ or bitsandbytes have quantized, from a Hugging Face checkpoint.
@@ -294,6 +331,7 @@ def checkpoint(
         bits: bits of what the checkpoint has in float, mostly lookup tables and the last product,
             as in `dynamic`; 0 leaves it in float.
         kernel: of bitsandbytes' weights, as in `nf4`.
+        kv_bits: 8 or 4 bits for the cache of attention, 0 = float; needs calibration data.
         rules: how to treat layers that are float in the checkpoint.
     """
     if kernel not in get_args(CodebookKernel):
@@ -304,8 +342,13 @@ def checkpoint(
     others = Rule((*PRODUCTS, *CONVOLUTIONS, "gather"), None, why="float in checkpoint")
     first, last = (codes,) if kernel == "bnb4" else (), () if bits else (others,)
     annotate = small_integers((*first, own, *rules, *last), int8_weight(bits or 8))
-    steps = (*FLOAT_STAGE, *annotate, *commit(rewrites=_exchange(kernel), bodies=1))
-    return Recipe("checkpoint", steps).insert(LoadCheckpoint(path, check), before="fold-batch-norm")
+    steps = (
+        *FLOAT_STAGE,
+        *annotate,
+        *commit(rewrites=_exchange(kernel), bodies=1, kv_bits=kv_bits),
+    )
+    recipe = Recipe("checkpoint", steps, calibrates=bool(kv_bits))
+    return recipe.insert(LoadCheckpoint(path, check), before="fold-batch-norm")
 
 
 def _learned(
@@ -314,12 +357,13 @@ def _learned(
     group_size: int,
     symmetric: bool,
     bodies: int,
+    kv_bits: int,
     rules: Sequence[Rule],
 ) -> Recipe:
     """What learns to round products and convolutions, for data that stays float."""
     own = _weight_rules(bits, group_size, symmetric, "mse")
     annotate = small_integers((*rules, *own, _convolutions(bits, symmetric)))
-    steps = (*FLOAT_STAGE, *annotate, *commit(rounding, bodies=bodies))
+    steps = (*FLOAT_STAGE, *annotate, *commit(rounding, bodies=bodies, kv_bits=kv_bits))
     return Recipe(rounding.name, steps, calibrates=True)
 
 
