@@ -12,18 +12,8 @@ from qgraph.recipes.eight_bits import dynamic, static
 from qgraph.recipes.qat import qat
 from qgraph.recipes.recipe import RECIPES, Recipe
 from qgraph.recipes.transformers import llm_int8, smoothquant, w8a8, zeroquant
-from qgraph.recipes.weight_only import (
-    adaround,
-    autoround,
-    awq,
-    checkpoint,
-    fp4,
-    fp8,
-    gptq,
-    hqq,
-    nf4,
-    rtn,
-)
+from qgraph.recipes.weight_only import adaround, autoround, awq, gptq, hqq, rtn
+from qgraph.recipes.weight_types import checkpoint, fp4, fp8, nf4
 
 __all__ = [
     "RECIPES",

@@ -47,9 +47,8 @@ def static(
         GuardStatic(min_sqnr=min_sqnr),
         *((BiasCorrection(),) if bias_correction else ()),
     )
-    return Recipe(
-        "static", (*FLOAT_STAGE, *steps, *commit(bodies=1, kv_bits=kv_bits)), calibrates=True
-    )
+    passes = (*FLOAT_STAGE, *steps, *commit(kv_bits=kv_bits))
+    return Recipe("static", passes, calibrates=True)
 
 
 @listed

@@ -24,7 +24,7 @@ from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.lower import Lower
 from qgraph.pipeline.pass_manager import Pass
 from qgraph.recipes import get_recipe
-from qgraph.recipes.weight_only import fp8
+from qgraph.recipes.weight_types import fp8
 from qgraph.weights.formats import rounded_weight
 from tests.models import build, feed, if_model, mlp, ops, outputs, small_convnet, weight
 from tests.pipelines import CPU, ONNX, apply, body, both, golden, initializer

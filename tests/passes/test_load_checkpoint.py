@@ -31,7 +31,7 @@ from qgraph.numerics.codebooks import LEVELS, dynamic_map
 from qgraph.numerics.packing import unpack
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.load_checkpoint import LoadCheckpoint
-from qgraph.recipes.weight_only import checkpoint
+from qgraph.recipes.weight_types import checkpoint
 from tests.models import build, weight
 from tests.pipelines import CPU, apply, body, golden, node
 

@@ -82,7 +82,12 @@ def generate(model: ir.Model, x: np.ndarray, lengths: tuple[int, ...], level: bo
     session, past, outputs = open_session(model, optimized=level, threads=1), None, []
     at = 0
     for length in lengths:
-        given = state(x[:, at : at + length], past, key.dtype, int(key.shape[3]))
+        given = state(
+            x[:, at : at + length],
+            past,
+            key.dtype,
+            SIZE if key.dtype != ir.DataType.UINT8 else SIZE // 2,
+        )
         y, *past = session.run(None, given)
         outputs.append(y)
         at += length

@@ -30,7 +30,8 @@ from qgraph.numerics.spec import Codebook, PerBlock, QuantSpec
 from qgraph.passes.lower import Lower
 from qgraph.pipeline.pass_manager import Pass
 from qgraph.recipes import get_recipe
-from qgraph.recipes.weight_only import fp4, nf4, rtn
+from qgraph.recipes.weight_only import rtn
+from qgraph.recipes.weight_types import fp4, nf4
 from qgraph.weights.formats import rounded_weight
 from tests.models import build, feed, if_model, mlp, ops, outputs, weight
 from tests.pipelines import CPU, ONNX, apply, body, both, golden, initializer
