@@ -249,6 +249,6 @@ PLANTED = (
         "  if (n >= N) return;\n",
         "",
         "channels past the end",
-        "w8a8 129",
+        "library",
     ),
 )
