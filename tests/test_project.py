@@ -301,6 +301,7 @@ RUNNABLE = (
     "docs/transformers-at-8-bits.md",
     "docs/four-bits.md",
     "docs/quantization-aware-training.md",
+    "docs/on-a-gpu.md",
 )
 DOCUMENTS = (*RUNNABLE, "README.zh.md", "CONTRIBUTING.md", "docs/how-a-model-flows.md")
 

@@ -95,17 +95,19 @@ class Parameters:
         parts = [re.sub(r"\W", "_", part) or "_" for part in name.strip(".").split(".")]
         wished = ".".join(f"{part}_" if hasattr(nn.Module, part) else part for part in parts)
         path = numbered(wished, self.taken)
-        while _find(self.root, path) is not None:
+        while _is_taken(self.root, path):
             path = numbered(wished, self.taken)
         return path
 
 
-def _find(root: nn.Module, path: str) -> object:
-    """What lies at a dotted path, None if nothing does."""
+def _is_taken(root: nn.Module, path: str) -> bool:
+    """Whether something lies at a dotted path, be it a bias that is None."""
     found: object = root
     for step in path.split("."):
-        found = getattr(found, step, None)
-    return found
+        if not hasattr(found, step):
+            return False
+        found = getattr(found, step)
+    return True
 
 
 def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:

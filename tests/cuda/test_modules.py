@@ -80,6 +80,17 @@ def test_what_stays_float_is_multiplied_in_the_targets_precision(
     assert kinds or recipe == "dynamic"
 
 
+def test_a_bias_behind_outliers_has_a_place_of_its_own() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    model = qgraph.trace(net, torch.zeros(2, 3, 16), {"input": {0: "batch"}})
+    x = torch.randn(8, 3, 16) * torch.tensor([50.0, *[1.0] * 15])
+    result = qgraph.compile(model, "llm-int8", [{"input": x.numpy()}], "cuda", share=0.1)
+    assert any("outliers" in str(n.name) for n in result.model.graph)
+    wanted = run(open_session(result.model), {"input": x.numpy()})[0]
+    np.testing.assert_allclose(result(x), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_outliers_survive_float16() -> None:
     """Factors that hush them in float32 are beyond float16."""
     model = models.transformer_block(outlier=1000.0)
