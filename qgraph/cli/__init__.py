@@ -8,7 +8,6 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -331,12 +330,14 @@ def bench(
         list[Path], typer.Argument(metavar="A B...", help="The first is the measure.")
     ],
     calibration: Calibration = None,
+    target: TargetName = "cpu",
     samples: Samples = 8,
     rounds: Annotated[int, typer.Option(min=1, help="How often each model runs.")] = 15,
     seed: Seed = 0,
 ) -> None:
     """Compare the speed and the outputs of models with those of the first."""
     import qgraph
+    from qgraph.backends import get_target
     from qgraph.cli.progress import display
     from qgraph.io.feeds import open_calibration
     from qgraph.io.random_feed import first_feed
@@ -347,8 +348,8 @@ def bench(
     if calibration is None:
         feeds = [first_feed(loaded[0], None, seed)]
     else:
-        feeds = [dict(f) for f in islice(open_calibration(calibration, loaded[0]), samples)]
-    results = benchmark(models, feeds, rounds, progress=display())
+        feeds = [dict(f) for f in open_calibration(calibration, loaded[0], samples)]
+    results = benchmark(models, feeds, rounds, display(), get_target(target).open_session)
     listing = table(
         "model", "speed", "quartiles", "SQNR", "ms here and now", right=("speed", "SQNR")
     )

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ import onnx_ir as ir
 import pytest
 
 import qgraph
+from qgraph.backends.onnx import OnnxTarget
 from qgraph.cli import main
 from qgraph.graph.editing import insert
 from qgraph.graph.functions import OBSERVER, declare
@@ -161,6 +163,22 @@ def test_bench_compares_with_the_first(here: Path, capsys: pytest.CaptureFixture
     assert "out.onnx" in shown
     assert "inf dB" in shown  # the first against itself
     assert main(["bench", "model.onnx", "--rounds", "1"]) == 0
+
+
+def test_bench_runs_in_sessions_of_the_target(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+
+    def opening(*args: Any, **kwargs: Any) -> Any:
+        opened.append(args[0])
+        return OnnxTarget.open_session(*args, **kwargs)
+
+    class Own(OnnxTarget):
+        open_session = staticmethod(opening)
+
+    monkeypatch.setattr("qgraph.backends.get_target", lambda name: Own())
+    command = "bench model.onnx -t onnx -c data.npz --samples 9999999999999999999 --rounds 1"
+    assert main(command.split()) == 0
+    assert len(opened) == 1
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -504,6 +522,42 @@ def test_killed_at_any_operation_on_files_nothing_is_left_after_the_next_run(
     names = {path.name for path in here.iterdir()}
     assert len(names) == 7, names
     assert len(list((here / "cache").iterdir())) == 1
+
+
+def test_what_onnxruntime_raises_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+    def fail(*_: object) -> None:
+        raise Fail("Failed to allocate memory for requested buffer of size 9\nmore")
+
+    monkeypatch.setattr("qgraph.report.inspection.describe", fail)
+    assert main(["inspect", "model.onnx"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("qgraph: onnxruntime: Failed to allocate memory")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipe", ["dynamic", "static", "gptq"])
+def test_names_in_any_script(recipe: str, here: Path) -> None:
+    model = models.mlp((16, 32, 8))
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
+        value.name = f"{value.name} \u2603\u00e9/\n"
+    ir.save(model, "\u2603.onnx")
+    command = f"compile \u2603.onnx -o \u00e9.onnx -r {recipe} -t onnx -c data.npz --report r.html"
+    np.savez("data.npz", np.zeros((3, 16), np.float32))
+    assert main(command.split()) == 0
+    assert "\u2603" in Path("r.html").read_text(encoding="utf-8")
+
+
+def test_names_that_are_no_text_are_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = Path("model.onnx").read_bytes()
+    Path("bad.onnx").write_bytes(content.replace(b"w0", b"\xff\xfe"))
+    assert main(["compile", "bad.onnx", "-o", "out.onnx", "-r", "dynamic"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_error_in_training_shows_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
