@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.cuda_paper import DEVICES, TILES, tensor_share
 from qgraph.backends.cuda.choice import PRODUCTS
 from qgraph.backends.cuda.images import ARCHITECTURES, image
 from qgraph.backends.cuda.variants import ELEMENTS, KINDS
-from tests.cuda.machine_code import blocks, over_budget
+from tests.cuda.machine_code import SMALL_SLOTS, blocks, over_budget
 
 # The element type changes the last few instructions only: it takes turns.
 TURNS = [
@@ -36,3 +37,11 @@ def test_blocks_by_hand() -> None:
     assert blocks(80, 32, 0, 256) == 8  # 64 warps
     assert blocks(80, 128, 0, 256) == 2  # 65536 registers
     assert blocks(86, 32, 49152, 256) == 2  # 100 KiB
+
+
+def test_on_paper_the_weights_arrive_no_faster_than_instructions() -> None:
+    assert max(SMALL_SLOTS.values()) < min(device.slots for device in DEVICES) / 2
+    assert [round(device.microseconds(4096, 4096), 1) for device in DEVICES[:3]] == [9.1, 5.4, 3.8]
+    a100, h100 = (d.products for d in DEVICES[:2])
+    assert [round(tensor_share(tile, a100), 2) for tile in TILES[:2]] == [0.67, 1.0]
+    assert [round(tensor_share(tile, h100), 2) for tile in TILES[:2]] == [0.53, 0.8]
