@@ -1,6 +1,6 @@
 """Whether an ONNX file says what it means: checked once when it is read, so that nobody else need.
 
-What onnx.checker asks for, without its copies of the weights and its quarrels with operators that
+What onnx.checker asks for, without copies of all the weights and quarrels with operators that
 onnxruntime has put into the standard domain.
 """
 
@@ -16,8 +16,6 @@ from onnx.defs import OpSchema
 
 from qgraph.graph.reading import MAIN_DOMAINS
 
-LOOK_BYTES = 1 << 20
-"""The length of larger data is told by the size of the message around it, not by reading it."""
 _FIELDS = {
     ir.DataType.FLOAT: ("float_data", 1),
     ir.DataType.COMPLEX64: ("float_data", 2),
@@ -101,9 +99,9 @@ def _nodes(
         for problem in _misuse(node, versions):
             yield f"{_title(node)}: {problem}"
         for attribute in node.attribute:
-            for tensor in (attribute.t, *attribute.tensors):
-                if tensor.ByteSize():
-                    yield from _tensor(tensor, f"{_title(node)}: attribute '{attribute.name}'")
+            own = [attribute.t] if attribute.HasField("t") else []
+            for tensor in (*own, *attribute.tensors):
+                yield from _tensor(tensor, f"{_title(node)}: attribute '{attribute.name}'")
         for body in _bodies(node):
             yield from _graph(body, scopes, versions)
 
@@ -199,20 +197,7 @@ def _lengths(tensor: TensorProto) -> tuple[str, str]:
     bits = 0 if dtype == ir.DataType.STRING else dtype.bitwidth
     if tensor.HasField("raw_data"):
         size = -(-count * bits // 8)
-        return f"{_raw_bytes(tensor, size)} bytes", f"{size} bytes"
+        return f"{len(tensor.raw_data)} bytes", f"{size} bytes"
     field, each = _FIELDS.get(dtype, ("int32_data", 1))
     per_number = 8 // bits if bits in (2, 4) else 1
     return f"{len(getattr(tensor, field))} numbers", f"{-(-count * each // per_number)} numbers"
-
-
-def _raw_bytes(tensor: TensorProto, expected: int) -> int:
-    """The length of its raw data, which is copied to be looked at: not where it can be large."""
-    if expected > LOOK_BYTES:
-        rest = TensorProto(dims=tensor.dims, data_type=tensor.data_type)
-        for name in ("name", "doc_string"):
-            if tensor.HasField(name):
-                setattr(rest, name, getattr(tensor, name))
-        digits = -(-expected.bit_length() // 7)  # of the length, before the data
-        if tensor.ByteSize() == rest.ByteSize() + 1 + digits + expected:
-            return expected
-    return len(tensor.raw_data)
