@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from qgraph.backends import get_target
@@ -18,6 +19,7 @@ from qgraph.graph.reading import initializers
 from qgraph.io.feeds import open_calibration
 from qgraph.io.models import load
 from qgraph.io.random_feed import first_feed
+from qgraph.io.trial import check_runs
 from qgraph.pipeline.blame import blaming
 from qgraph.pipeline.context import Context
 from qgraph.pipeline.pass_manager import PassManager
@@ -102,6 +104,8 @@ def compile(
         cache=Path(cache) if cache is not None else None,
         max_memory=max_memory,
     )
+    if chosen.calibrates and trained is None:
+        check_runs(source, aim.open_session)
     result = copied(source) if trained is None else trained.annotated()
     given = frozenset(stages_of(result))
     with blaming(source, context):
@@ -112,6 +116,7 @@ def compile(
         result, context.remarks, recipe=chosen.name, target=aim.name, source=source
     )
     compiled.open_session = aim.open_session
+    compiled.feed = _trial_feed(source, context)
     compiled.to_module = getattr(aim, "to_module", None)
     compiled.apply = getattr(aim, "apply", None)
     return compiled
@@ -258,6 +263,14 @@ def _rest(trained: QuantizedModule, recipe: str | Recipe, parameters: dict[str, 
         what = sorted(parameters)[0] if parameters else "recipe"
         raise QGraphError(f"'{what}' was settled when the module was prepared: give it there")
     return Recipe("qat", trained.rest)
+
+
+def _trial_feed(source: ir.Model, context: Context) -> dict[str, np.ndarray] | None:
+    """What the result is tried on when it is saved."""
+    try:
+        return first_feed(source, context.calibration, context.seed)
+    except QGraphError:  # an input that cannot be made up, or data that was read and is gone
+        return None
 
 
 def _compare_speed(source: ir.Model, result: ir.Model, context: Context) -> None:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.errors import QGraphError
+from qgraph.errors import ModelError, QGraphError
 from qgraph.io.arrays import as_array
 from qgraph.io.feeds import Feed
 from qgraph.io.kv_cache import Completer, required_inputs
 from qgraph.io.models import save
 from qgraph.io.random_feed import first_feed
 from qgraph.io.session import OpenSession, open_session
-from qgraph.pipeline.remarks import Remarks
+from qgraph.io.trial import Trial, check_runs, foreign_domains
+from qgraph.pipeline.remarks import Remark, Remarks
+from qgraph.pipeline.verify import check_structure
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,7 @@ class CompiledModel:
         open_session: how its target opens sessions; `compile` puts that here.
         to_module: how its target makes a torch module of it, None if it does not.
         apply: how its target puts its layers into the module that `source` was traced from.
+        feed: what `save` tries the result on; None: a random one.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class CompiledModel:
         self.open_session: OpenSession = open_session
         self.to_module: Callable[[ir.Model], torch.nn.Module] | None = None
         self.apply: Callable[[ir.Model, ir.Model, torch.nn.Module], Any] | None = None
+        self.feed: Mapping[str, np.ndarray] | None = None
 
     @cached_property
     def session(self) -> Any:
@@ -150,9 +154,41 @@ class CompiledModel:
         Returns:
             the path written.
         """
-        of_torch = self.to_module is not None
-        save(self.model, path, open_session=self.open_session, safetensors=of_torch)
+        checked = self.source is None or not foreign_domains(self.source) or self._float_runs()
+        if not checked and (problems := check_structure(self.model)):
+            raise ModelError(f"the result is not sound: {problems[0]}")
+        save(
+            self.model,
+            path,
+            run_check=checked,
+            open_session=self.open_session,
+            safetensors=self.to_module is not None,
+            examine=self._trial.examine if checked and self._trial is not None else None,
+        )
         return Path(path)
+
+    @cached_property
+    def _trial(self) -> Trial | None:
+        if self.source is None:
+            return None
+        feed = self.feed
+        if feed is None:
+            try:
+                feed = first_feed(self.source, None, 0)
+            except ModelError:  # an input that cannot be made up
+                feed = None
+        return Trial(self.source, feed, self.open_session)
+
+    def _float_runs(self) -> bool:
+        """Whether onnxruntime knows the operators of the float model; a warning if not."""
+        assert self.source is not None
+        try:
+            check_runs(self.source, self.open_session)
+        except ModelError as error:
+            why = f"saved without being loaded and run: {error}"
+            self.remarks.append(Remark("warning", "compile", "", "", why))
+            return False
+        return True
 
     def benchmark(
         self,

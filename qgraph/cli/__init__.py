@@ -151,15 +151,22 @@ def compile(
         typer.Option(metavar="FILE", help="Measured figures to decide by; new ones are added."),
     ] = None,
     verify: Verify = False,
+    custom_ops: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="LIB.so", help="Library of the model's own operators; repeatable."),
+    ] = None,
 ) -> None:
     """Quantize a model by a recipe and save it for a target."""
     import qgraph
     from qgraph.backends import get_target
     from qgraph.cli.progress import display
     from qgraph.io.models import check_output
+    from qgraph.io.session import use_custom_ops
     from qgraph.recipes import get_recipe
     from qgraph.report.page import Compilation, human_size, to_html, to_json
 
+    for library in custom_ops or []:
+        use_custom_ops(library)
     settings = shell.settings(recipe, set_ or [])
     parameters = dict(settings)
     optimize_for = parameters.pop("optimize_for", "both")

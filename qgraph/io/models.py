@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -144,6 +145,7 @@ def save(
     run_check: bool = True,
     open_session: OpenSession = open_session,
     safetensors: bool = False,
+    examine: Callable[[Any], None] | None = None,
 ) -> None:
     """Write a model; it appears at `path` complete and checked, or not at all.
 
@@ -159,6 +161,8 @@ def save(
             it could not load before either, because of operators that it does not know.
         open_session: of the target that the model is for.
         safetensors: all weights go into `<stem>.safetensors`, which tools of that name read, too.
+        examine: is given a session on what was written, at each optimization level; it raises a
+            ModelError if it finds fault.
 
     Raises:
         ModelError: `path` cannot be used (see :func:`check_output`), the disk is full, or the
@@ -176,7 +180,7 @@ def save(
         new = staged / name
         new.parent.mkdir(parents=True, exist_ok=True)
         _write(model, new, _free_data_name(file, safetensors), safetensors)
-        check_reload(new, run=run_check, open_session=open_session)
+        check_reload(new, run=run_check, open_session=open_session, examine=examine)
         with suppress(FileNotFoundError):
             shutil.copymode(file, new)
         given = {path.resolve() for path in model.meta.get(DATA, ())}
@@ -339,18 +343,24 @@ def _write(model: ir.Model, file: Path, data_name: str, safetensors: bool) -> No
 
 
 def check_reload(
-    path: str | os.PathLike[str], *, run: bool = True, open_session: OpenSession = open_session
+    path: str | os.PathLike[str],
+    *,
+    run: bool = True,
+    open_session: OpenSession = open_session,
+    examine: Callable[[Any], None] | None = None,
 ) -> None:
-    """Open a written model: that it parses, that its data is there, with `run` also in onnxruntime.
+    """Open a written model: that it parses, that its data is there, with `run` also in onnxruntime,
+    without optimizations and with all of them.
 
     Raises:
         ModelError: it cannot be opened; the message holds the reason.
     """
     load(path)
-    if not run:
-        return
-    try:
-        open_session(Path(path), optimized=False, prepack=False)  # packing would copy the weights
-    except ModelError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ModelError(f"onnxruntime cannot load the result: {reason}") from error
+    for optimized in (False, True) if run else ():
+        try:  # without packing, which would copy the weights
+            session = open_session(Path(path), optimized=optimized, prepack=False)
+        except ModelError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ModelError(f"onnxruntime cannot load the result: {reason}") from error
+        if examine is not None:
+            examine(session)

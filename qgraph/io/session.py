@@ -23,6 +23,28 @@ OpenSession = Callable[..., "onnxruntime.InferenceSession"]
 """How a target opens sessions: :func:`open_session`, or one that takes the same arguments."""
 
 
+_LIBRARIES: list[str] = []
+"""Libraries of operators that every session of this process knows."""
+
+
+def use_custom_ops(library: str | Path) -> None:
+    """Let all sessions of this process know the operators of a library (.so, .dll, .dylib).
+
+    Raises:
+        ModelError: onnxruntime cannot load it.
+    """
+    import onnxruntime as ort
+
+    path = str(Path(library).resolve())
+    try:
+        ort.SessionOptions().register_custom_ops_library(path)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{library} is no library of operators: {reason}") from error
+    if path not in _LIBRARIES:
+        _LIBRARIES.append(path)
+
+
 def session_options(optimized: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:
     """Options of a quiet session: all optimizations or none; 0 threads = onnxruntime's choice."""
     import onnxruntime as ort
@@ -32,6 +54,8 @@ def session_options(optimized: bool = True, threads: int = 0) -> onnxruntime.Ses
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    for library in _LIBRARIES:
+        options.register_custom_ops_library(library)
     return options
 
 

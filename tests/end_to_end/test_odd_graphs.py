@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 import qgraph
 from qgraph.errors import ModelError
+from qgraph.io.session import open_session, use_custom_ops
 from qgraph.numerics.noise import sqnr_db
 from tests.models import HEADER, build, parsed, weight
 
@@ -525,3 +526,70 @@ def test_a_weight_is_stored_once(name: str, recipe: str, target: str, tmp_path: 
     kept = [tuple(tensor.dims) for tensor in onnx.load(file).graph.initializer]
     shape = {"pyramid": (8, 8, 3, 3), "branches": (64, 32), "tied": (1024, 64)}[name]
     assert kept.count(shape) + kept.count(shape[::-1]) == 1
+
+
+# --- what onnxruntime cannot run ------------------------------------------------------------------
+
+
+def test_the_float_model_is_tried_first() -> None:
+    """A layout of LSTM that onnxruntime's kernel does not have."""
+    model = parsed(
+        """m (float[2,5,16] x) => (float[p,q,r,s] y) {
+            h = MatMul(x, v)
+            y = LSTM <hidden_size = 8, layout = 1> (h, w, u)
+        }""",
+        weight("v", 16, 16),
+        weight("w", 1, 32, 16),
+        weight("u", 1, 32, 8),
+    )
+    with pytest.raises(ModelError, match="cannot run the float model"):
+        qgraph.compile(model, "gptq", [{"x": normal(2, 5, 16)}], "onnx")
+
+
+FOREIGN = """<ir_version: 10, opset_import: ["" : 21, "my.custom" : 1]>
+m (float[b,64] x) => (float[b,32] y) {
+    h = MatMul(x, w)
+    o = my.custom.Own(h)
+    y = MatMul(o, v)
+}"""
+
+
+def test_foreign_operators_are_saved_with_a_warning(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(FOREIGN)
+    shapes = {"w": (64, 64), "v": (64, 32)}
+    for name, shape in shapes.items():
+        proto.graph.initializer.append(numpy_helper.from_array(weight(name, *shape).numpy(), name))
+    model = ir.from_proto(proto)
+    compiled = qgraph.compile(model, "dynamic", target="onnx")
+    file = compiled.save(tmp_path / "out.onnx")
+    assert "Own" in [node.op_type for node in onnx.load(file).graph.node]
+    assert compiled.remarks.verdicts()["h"].kind == "quantized"
+    (warning,) = compiled.remarks.warnings()
+    assert "saved without being loaded" in warning.message
+    assert "'my.custom' as --custom-ops" in warning.message
+    with pytest.raises(ModelError, match="give the library of .my.custom. as --custom-ops"):
+        qgraph.compile(model, "static", [{"x": normal(2, 64)}], "onnx")
+
+
+def test_what_is_no_library_of_operators(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"none.so is no library of operators"):
+        use_custom_ops(tmp_path / "none.so")
+
+
+def test_a_result_is_loaded_and_run_at_both_levels(tmp_path: Path) -> None:
+    model = build("m (float[b,64] x) => (float[b,32] y) { y = MatMul(x, w) }", weight("w", 64, 32))
+    compiled = qgraph.compile(model, "dynamic", target="onnx")
+    levels: list[bool] = []
+
+    def opened(model: ir.Model | Path, *, optimized: bool = True, **others: Any) -> Any:
+        levels.append(optimized)
+        return open_session(model, optimized=optimized, **others)
+
+    compiled.open_session = opened
+    compiled.save(tmp_path / "out.onnx")
+    assert set(levels) == {False, True}
+    scale = next(v for k, v in compiled.model.graph.initializers.items() if k.endswith("w_scale"))
+    scale.const_value = ir.Tensor(np.full(32, np.inf, np.float32), name=scale.name)
+    with pytest.raises(ModelError, match="output 'y' of the result is not finite"):
+        compiled.save(tmp_path / "bad.onnx")
+    assert not (tmp_path / "bad.onnx").exists()
