@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qgraph.graph.editing import (
     LAZY_BYTES,
+    add_constant,
     lift_constant,
     redirect,
     replace_by_constants,
@@ -83,6 +84,7 @@ class FoldConstants(Pass):
             inlined += sum(_inline_if(model, node) for node in _ifs(model))
             if folded + inlined == before:
                 break
+        _scalar_bounds(model)
         if folded or lifted or inlined:
             context.remark(
                 "applied",
@@ -122,6 +124,18 @@ class FoldConstants(Pass):
             "note", self.name, site, node.op_type, "computed on demand, stored beside its source"
         )
         return [_on_demand(node, tensors, dict(model.opset_imports))]
+
+
+def _scalar_bounds(model: ir.Model) -> None:
+    """Make the constant bounds of a Range scalars: its kernel takes one element of any rank, but
+    onnxruntime's checks, which see constants alone, do not."""
+    for node in model.graph.all_nodes():
+        for index, value in enumerate(node.inputs if is_op(node, "Range") else ()):
+            tensor = constant(value)
+            if tensor is None or value is None or tensor.size != 1 or not len(tensor.shape):
+                continue
+            scalar = add_constant(model, f"{value.name}_scalar", tensor.numpy().reshape(()))
+            node.replace_input_with(index, scalar)
 
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
