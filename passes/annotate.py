@@ -28,12 +28,7 @@ from qgraph.graph.einsum import product_of
 from qgraph.graph.fused_products import why_fused
 from qgraph.graph.islands import Cost, gains, settle, size
 from qgraph.graph.ops import LINEAR
-from qgraph.graph.reading import (
-    is_op,
-    node_name,
-    nodes,
-    opset,
-)
+from qgraph.graph.reading import attribute, constant, is_op, node_name, nodes, opset
 from qgraph.graph.sites import (
     CONVOLUTIONS,
     PRODUCTS,
@@ -128,6 +123,8 @@ def static_rules(
 
 
 _ATTENTION = "both operands are computed: quantizing them costs more than the product saves"
+_BATCHED = "its weight is a batch of matrices, which no integer kernel multiplies"
+_TRANSPOSED = "its data is transposed (transA), which no integer kernel multiplies"
 _RECURRENT = (
     "recurrent: errors of its weights add up over time steps, and the target has no faster kernel"
 )
@@ -202,6 +199,8 @@ class Annotate(Pass):
         for node in nodes(model):
             if is_op(node, *LINEAR) and site_of(node) is None:
                 why = "its weight is computed or not floating-point"
+                if attribute(node, "transA", 0) and constant(node.inputs[1]) is not None:
+                    why = _TRANSPOSED
                 context.remark("float", self.name, node_name(node), node.op_type, why)
             elif (reason := why_fused(node) or _why_no_product(node)) is not None:
                 context.remark("float", self.name, node_name(node), node.op_type, reason)
@@ -219,6 +218,8 @@ class Annotate(Pass):
         rule = next((r for r in rules if r.fits(site)), None)
         if rule is None or rule.weight is None:
             why = rule.why if rule else "no rule of the recipe covers it"
+            if site.kind == "activations" and constant(site.weight) is not None:
+                why = _BATCHED
             self.remark(context, site, "float", why)
             return
         if reason := unfit(site):

@@ -200,10 +200,19 @@ def replace(old: ir.Node | Sequence[ir.Node], *results: ir.Value, takes_name: bo
 
 
 def remove_dead(model: ir.Model) -> bool:
-    """Remove nodes and initializers that nothing uses. Returns whether anything was removed."""
+    """Remove nodes and initializers that nothing uses, in bodies, too. Returns whether anything was
+    removed."""
     from onnx_ir.passes import common
 
-    return bool(common.RemoveUnusedNodesPass()(model).modified)
+    changed = bool(common.RemoveUnusedNodesPass()(model).modified)
+    for graph in model.graphs():
+        if graph is model.graph:
+            continue
+        for name, value in list(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del graph.initializers[name]
+                changed = True
+    return changed
 
 
 def lift_constant(model: ir.Model, node: ir.Node) -> bool:

@@ -206,6 +206,31 @@ def test_products_in_bodies_of_control_flow(
     check(model, written(model, tmp_path, recipe, target, [feed]), [feed], 10)
 
 
+def test_bodies_keep_no_constants_that_nothing_reads(tmp_path: Path) -> None:
+    """Of each, onnxruntime warns whenever it loads the model."""
+    model = build(
+        """m (float[b,64] x, bool c) => (float[b,64] y) {
+            y = If (c) <
+                then_branch = t () => (float[b,64] p) {
+                    one = Constant <value = int64[1] {1}> ()
+                    two = Add(one, one)
+                    shape = Concat <axis = 0> (nowhere, two)
+                    h = MatMul(x, w)
+                    s = Cast <to = 1> (shape)
+                    t = ReduceSum <keepdims = 0> (s)
+                    p = Add(h, t)
+                },
+                else_branch = e () => (float[b,64] q) { q = MatMul(x, w) }
+            >
+        }""",
+        weight("w", 64, 64),
+        ir.Tensor(np.array([3], np.int64), name="nowhere"),
+    )
+    written_model = ir.load(written(model, tmp_path, "dynamic", "onnx"))
+    kept = [v for graph in written_model.graphs() for v in graph.initializers.values()]
+    assert all(value.uses() for value in kept)
+
+
 # --- operators that are older or newer than kernels -----------------------------------------------
 
 
@@ -546,6 +571,22 @@ def test_constants_of_one_element_stay_computed_before_range(tmp_path: Path) -> 
         assert session(str(file), optimized).run(["r"], {"x": normal(2, 4)})[0].tolist() == [
             *range(8)
         ]
+
+
+@pytest.mark.parametrize("recipe", ["dynamic", "rtn"])
+def test_products_that_have_no_kernel_say_why(recipe: str, tmp_path: Path) -> None:
+    model = build(
+        """m (float[b,1,s,16] x, float[16,n] z) => (float[b,4,s,8] y, float[n,8] g) {
+            y = MatMul(x, heads)
+            g = Gemm <transA = 1> (z, w)
+        }""",
+        ir.Tensor(normal(4, 16, 8), name="heads"),
+        weight("w", 16, 8),
+    )
+    compiled = qgraph.compile(model, recipe, target="onnx")
+    said = {site: remark.message for site, remark in compiled.remarks.verdicts().items()}
+    assert "a batch of matrices" in said["y"]
+    assert "transposed" in said["g"]
 
 
 # --- what onnxruntime cannot run ------------------------------------------------------------------
