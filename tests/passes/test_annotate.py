@@ -254,7 +254,7 @@ def test_weights_alone_where_the_rule_names_no_activation() -> None:
         ("y = Gather <axis = 1> (w, ids)", [weight("w", 256, 256)], "along an inner axis"),
         ("z = Cast <to = 11> (x)\n y = MatMul (z, w)",
          [ir.Tensor(np.eye(3), name="w")], "its weight is DOUBLE, which no integer kernel"),
-        ("y = Gemm <transA = 1> (x, w)", [weight("w", 2, 2)], "computed or not floating-point"),
+        ("y = Gemm <transA = 1> (x, w)", [weight("w", 2, 2)], "its data is transposed"),
         ("y = Conv (t, t)", [], "its weight is computed or not floating-point"),
     ],
 )  # fmt: skip
