@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import ModelError
+from qgraph.graph.annotation import copied
 from qgraph.graph.reading import MAIN_DOMAINS, MICROSOFT, initializers, nodes
 from qgraph.io.session import OpenSession, run
 
@@ -29,6 +30,7 @@ def check_runs(model: ir.Model, open_session: OpenSession) -> None:
     Raises:
         ModelError: it does not, with and without optimizations.
     """
+    model = copied(model)  # with memory maps of its own
     try:
         open_session(model, optimized=False, prepack=False)
     except ModelError:
@@ -58,7 +60,7 @@ class Trial:
         if feed is None or size > LARGEST_BYTES:
             return
         try:
-            self.outputs = run(open_session(source, optimized=False, prepack=False), feed)
+            self.outputs = run(open_session(copied(source), optimized=False, prepack=False), feed)
         except Exception:  # a random feed may not fit the model
             self.outputs = None
 
