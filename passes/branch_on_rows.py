@@ -84,6 +84,8 @@ class BranchOnRows(Pass):
         return False
 
     def _branched(self, model: ir.Model, context: Context) -> bool:
+        if not all(isinstance(value.type, ir.TensorType) for value in model.graph.outputs):
+            return False  # an If returns no maps
         if len(list(model.graphs())) > 1:
             return False  # copies of bodies would go on reading what is outside of both
         products = {node: product for node in model.graph if (product := _product(node))}
