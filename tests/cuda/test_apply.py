@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import warnings
@@ -60,25 +61,31 @@ def ids(count: int = 9, seed: int = 0) -> Tensor:
     return torch.randint(3, 48, (2, count), generator=torch.Generator().manual_seed(seed))
 
 
-def compiled(module: nn.Module, recipe: str = "w8a8", **parameters: Any) -> qgraph.CompiledModel:
+@functools.cache
+def traced(build: Any) -> ir.Model:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = qgraph.trace(module, {"input_ids": ids()}, {"input_ids": {0: "batch", 1: "length"}})
+        return qgraph.trace(
+            made(build), {"input_ids": ids()}, {"input_ids": {0: "batch", 1: "length"}}
+        )
+
+
+def compiled(build: Any, recipe: str = "w8a8", **parameters: Any) -> qgraph.CompiledModel:
     feeds = [{"input_ids": ids(seed=seed).numpy()} for seed in range(1, 4)]
-    return qgraph.compile(model, recipe, feeds, "cuda", **parameters)
+    return qgraph.compile(traced(build), recipe, feeds, "cuda", **parameters)
 
 
 @pytest.fixture(scope="module")
 def compilations() -> dict[Any, tuple[Any, qgraph.CompiledModel]]:
     """By builder: a module and what it was compiled to, by w8a8."""
-    return {build: (made(build), compiled(made(build))) for build in (llama, gpt2)}
+    return {build: (made(build), compiled(build)) for build in (llama, gpt2)}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_a_module_then_computes_what_was_compiled(build: Any, recipe: str) -> None:
     module = made(build)
-    result = compiled(module, recipe, **RECIPES[recipe])
+    result = compiled(build, recipe, **RECIPES[recipe])
     wanted, plain = result(input_ids=ids()), module(ids()).logits
     report = qgraph.apply(result, module)
     found = module(ids()).logits
