@@ -91,7 +91,9 @@ def signal(want: Sequence[NDArray[Any]], got: Sequence[NDArray[Any]]) -> float:
     """
     found = [np.inf]
     for w, g in zip(want, got, strict=True):
-        if w.dtype.kind != "f" or not w.size or w.shape != g.shape:
+        if w.shape != g.shape or not np.array_equal(np.isfinite(w), np.isfinite(g)):
+            return -np.inf
+        if w.dtype.kind != "f":
             continue
         of_signal, of_noise = (np.square(x, dtype=np.float64).sum(-1) for x in (w, w - g))
         alive = of_signal > 0
@@ -119,7 +121,7 @@ def loaded(kind: str, name: str) -> tuple[ir.Model, Feeds]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--only", nargs="+", metavar="NAME", help="these architectures")
+    arguments.add_argument("--only", nargs="+", metavar="NAME", help="these, or a kind of them")
     given = arguments.parse_args()
     columns = [
         f"{recipe}{what}" for recipe in ("dynamic", "calibrated", "rtn") for what in ("", " dB")
@@ -130,7 +132,7 @@ def main() -> None:
         {name: ".0f" for name in columns if name.endswith("dB")},
     )
     for kind, name in cases():
-        if given.only is None or name in given.only:
+        if given.only is None or {kind, name, f"{kind}/{name}"} & {*given.only}:
             report.add({"architecture": name, "kind": kind, **_cells(kind, name)})
     report.show(given)
 

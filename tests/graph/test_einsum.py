@@ -100,12 +100,14 @@ def test_two_computed_operands_stay() -> None:
 @st.composite
 def equations(draw: st.DrawFn) -> ir.Model:
     """Operands that share some letters in any order, and a result of some of theirs."""
-    letters = draw(st.lists(st.sampled_from(sorted(SIZES)), min_size=1, max_size=6, unique=True))
+    letters = draw(st.lists(st.sampled_from(sorted(SIZES)), min_size=2, max_size=6, unique=True))
     shared = draw(st.integers(0, min(3, len(letters))))
-    cut = draw(st.integers(shared, len(letters) - (not shared)))
+    cut = draw(st.integers(max(shared, 1), len(letters) - (not shared)))
     data = draw(st.permutations(letters[:cut]))
     w = draw(st.permutations(letters[:shared] + letters[cut:]))
-    kept = draw(st.lists(st.sampled_from(letters), max_size=6, unique=True))
+    least = letters[shared:] if draw(st.integers(0, 3)) else []  # else some are summed, perhaps
+    more = draw(st.lists(st.sampled_from(letters), max_size=3))
+    kept = draw(st.permutations(sorted({*least, *more})))
     w_index = draw(st.integers(0, 1))
     terms = [data, w] if w_index else [w, data]
     dots = draw(st.sampled_from(("", "", "...")))
