@@ -24,12 +24,13 @@ TRAINED = ("bert", "gpt2", "mixtral", "t5", "resnet", "vit", "wav2vec2", "u-net"
 
 SIGNAL = {"dynamic": 22.0, "static": 18.0, "rtn": 8.0}
 """dB that 8 bits, a fixed scale for each tensor, and 4 bits leave of two random layers."""
-_DEEP = {"dynamic": 20.0, "static": 8.0, "rtn": 7.0}
+_DEEP = {"dynamic": 20.0, "static": 6.0, "rtn": 7.0}
 _COSINES = {"dynamic": 20.0, "static": 15.0, "rtn": -6.0}
 _RANKED = {"dynamic": 8.0, "static": 8.0, "rtn": 4.0}
 LESS = {
     "dpt": _DEEP,
     "efficientnet": _DEEP,
+    "mobilenet-v2": _DEEP,
     "mobilevit": _DEEP,
     "owlvit": _COSINES,
     "rt-detr": _RANKED,
