@@ -20,12 +20,10 @@ def untie_symbols(model: ir.Model) -> int:
 
     Returns how many names were given.
     """
-    if any(a.type in _BODIES for node in model.graph for a in node.attributes.values()):
-        return 0
     groups = {value: {value} for value in model.graph.inputs}
     reached = {value: groups[value] for value in model.graph.inputs}
     for node in model.graph:
-        met = [reached[v] for v in node.inputs if v in reached]
+        met = [reached[v] for v in _reads(node) if v in reached]
         if not met:
             continue
         together = set().union(*met)
@@ -77,4 +75,10 @@ def _contracts(node: ir.Node) -> bool:
     return plain and all(len(dims(value)) == 2 for value in node.inputs)
 
 
-_BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+def _reads(node: ir.Node) -> list[ir.Value]:
+    """What `node` reads, its bodies included."""
+    values = list(node.inputs)
+    for attribute in node.attributes.values():
+        bodies = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else []
+        values += [v for body in bodies for inner in body.all_nodes() for v in inner.inputs]
+    return [value for value in values if value is not None]
