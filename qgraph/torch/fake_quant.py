@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from qgraph.numerics.reference import INT32_MAX, SMALLEST_SCALE
-from qgraph.numerics.tokens import TokenGrid
+from qgraph.numerics.tokens import SMALLEST_TOKEN, TokenGrid
 
 
 class _LearnedStep(Function):
@@ -145,7 +145,7 @@ def fake_quantize_blocks(x: Tensor, size: int) -> Tensor:
     with torch.no_grad():
         padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % size))
         blocks = padded.reshape(*x.shape[:-1], -1, size)
-        largest = blocks.abs().amax(-1, keepdim=True).clamp(min=float(SMALLEST_SCALE))
+        largest = blocks.abs().amax(-1, keepdim=True).clamp(min=float(SMALLEST_TOKEN))
         scale = largest * largest.new_tensor(np.float32(1 / 127))
         y = ((blocks / scale).round() * scale).flatten(-2)[..., : x.shape[-1]]
     return straight_through(x, y)

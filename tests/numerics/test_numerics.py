@@ -349,7 +349,7 @@ channels = hnp.arrays(np.float32, 6, elements=st.floats(-1e4, 1e4, width=32))
 def test_no_bias_overflows_once_weight_scales_are_raised(
     bias: np.ndarray, x_scale: float, w_scale: np.ndarray
 ) -> None:
-    w_scale = np.maximum(w_scale, SMALLEST_TOKEN)
+    w_scale = np.maximum(w_scale, SMALLEST_SCALE)
     raised = weight_scale_for_bias(w_scale, np.float32(x_scale), bias)
     assert (raised >= w_scale).all()
     q, scale = quantize_bias(bias, np.float32(x_scale), raised)
@@ -361,7 +361,7 @@ def test_no_bias_overflows_once_weight_scales_are_raised(
 
 
 def test_a_dead_channel_of_a_dead_input_has_a_usable_bias_scale() -> None:
-    dead = np.full(2, SMALLEST_TOKEN)
+    dead = np.full(2, SMALLEST_SCALE)
     bias = np.array([0.0, 0.5], np.float32)
     raised = weight_scale_for_bias(dead, SMALLEST_SCALE, bias)
     q, scale = quantize_bias(bias, SMALLEST_SCALE, raised)
