@@ -36,7 +36,7 @@ def infer_types(model: ir.Model) -> None:
         return
     hide_maps(proto)
     twins = ir.from_proto(proto).graphs()
-    fixed = all(value.shape is not None and value.shape.is_static() for value in model.graph.inputs)
+    pairs: list[tuple[ir.Value, ir.Value]] = []
     for graph, twin in zip(model.graphs(), twins, strict=True):
         inferred = {str(value.name): value for node in twin for value in node.outputs if value.name}
         for value in (value for node in graph for value in node.outputs):
@@ -45,20 +45,45 @@ def infer_types(model: ir.Model) -> None:
                 continue
             if graph is model.graph and value.is_graph_output() and value.shape is not None:
                 continue
-            value.type, value.shape = same.type, _merged(same.shape, value.shape, fixed)
+            pairs.append((value, same))
+    symbols = {str(size) for v in model.graph.inputs for size in v.shape or () if not _fixed(size)}
+    believed = not any(_contradicts(v.shape, same.shape, symbols) for v, same in pairs)
+    for value, same in pairs:
+        value.type, value.shape = same.type, _merged(same.shape, value.shape, symbols, believed)
 
 
-def _merged(inferred: ir.Shape | None, declared: ir.Shape | None, fixed: bool) -> ir.Shape | None:
-    """What was inferred; what it leaves open is as declared if all inputs are of one size, else
-    only the last axis is, which no batch and no length changes."""
+def _fixed(size: int | ir.SymbolicDim) -> bool:
+    return isinstance(size, int)
+
+
+def _contradicts(declared: ir.Shape | None, inferred: ir.Shape | None, symbols: set[str]) -> bool:
+    """Whether a declared shape is another one than what follows from the inputs, as where an
+    exporter left the batch of one that it saw."""
+    if declared is None or inferred is None:
+        return False
+    if len(declared) != len(inferred):
+        return True
+    for said, found in zip(declared, inferred, strict=True):
+        known = _fixed(found) or str(found) in symbols
+        if known and said != found and (_fixed(said) or str(said) in symbols):
+            return True
+    return False
+
+
+def _merged(
+    inferred: ir.Shape | None, declared: ir.Shape | None, symbols: set[str], believed: bool
+) -> ir.Shape | None:
+    """What was inferred; what it leaves open is as declared if nothing declared is wrong, else only
+    the last axis is, which no batch and no length changes."""
     if declared is None or (inferred is not None and len(inferred) != len(declared)):
         return inferred
     if inferred is None:
         inferred = ir.Shape([None] * len(declared))
-    known = range(len(declared)) if fixed else range(len(declared))[-1:]
     sizes = [
-        declared[i] if i in known and not isinstance(size, int) else size
-        for i, size in enumerate(inferred)
+        said if (believed or last) and not _fixed(size) and str(size) not in symbols else size
+        for size, said, last in zip(
+            inferred, declared, [*[False] * (len(declared) - 1), True], strict=False
+        )
     ]
     return ir.Shape(sizes)
 
