@@ -79,13 +79,20 @@ def _merged(
         return inferred
     if inferred is None:
         inferred = ir.Shape([None] * len(declared))
+    last = len(declared) - 1
     sizes = [
-        said if (believed or last) and not _fixed(size) and str(size) not in symbols else size
-        for size, said, last in zip(
-            inferred, declared, [*[False] * (len(declared) - 1), True], strict=False
-        )
+        size
+        if _fixed(size) or str(size) in symbols or not (believed or axis == last)
+        else _said(declared[axis], size)
+        for axis, size in enumerate(inferred)
     ]
     return ir.Shape(sizes)
+
+
+def _said(size: int | ir.SymbolicDim, inferred: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+    """A declared size; but names that inference gave count for one run of it alone, so that those
+    of an earlier run would be others' by now."""
+    return inferred if str(size).startswith("unk__") else size
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:

@@ -26,7 +26,7 @@ SIGNAL = {"dynamic": 22.0, "static": 18.0, "rtn": 8.0}
 """dB that 8 bits, a fixed scale for each tensor, and 4 bits leave of two random layers."""
 _DEEP = {"dynamic": 20.0, "static": 6.0, "rtn": 7.0}
 _COSINES = {"dynamic": 20.0, "static": 15.0, "rtn": -6.0}
-_RANKED = {"dynamic": 8.0, "static": 8.0, "rtn": 4.0}
+_RANKED = {"dynamic": 8.0, "static": -4.0, "rtn": 4.0}
 LESS = {
     "dpt": _DEEP,
     "efficientnet": _DEEP,
@@ -36,7 +36,8 @@ LESS = {
     "rt-detr": _RANKED,
 }
 """Forty to ninety random layers in a row, each of which adds its error; an output of cosines
-between unrelated vectors, which are near 0; queries chosen by rank, which change places."""
+between unrelated vectors, which are near 0; queries chosen by rank, which change places: noise of
+3 % in its input leaves RT-DETR's float model 2 dB."""
 
 
 def _marked(names: Any) -> list[Any]:

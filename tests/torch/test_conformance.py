@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,20 @@ def noise(wanted: Any) -> float:
     return float(4 * ml_dtypes.finfo(array.dtype).eps * largest)  # type: ignore[no-untyped-call]
 
 
+_TO_NARROW = re.compile(r"test_cast(?:like)?_FLOAT(?:16)?_to_(U?INT[24])(_expanded)?")
+
+
+def in_range(case: Case, inputs: Mapping[str, Any]) -> np.ndarray | None:
+    """Where the data of a cast to a few bits fits into them; None for other cases. What becomes of
+    the rest ONNX leaves open, and its cases follow ml_dtypes, whose releases differ."""
+    match = _TO_NARROW.fullmatch(case.name)
+    if match is None:
+        return None
+    _, low, high = NARROW[int(ir.DataType[match[1]])]
+    x = np.asarray(plain(next(iter(inputs.values()))))
+    return np.asarray((x >= low) & (x <= high))
+
+
 def raised(case: Case) -> None:
     module = raise_model(load(case.path))
     for inputs, wanted in case.data:
@@ -70,6 +85,8 @@ def raised(case: Case) -> None:
         results = [to_array(x) for x in (got if isinstance(got, tuple) else (got,))]
         for want, result in zip(wanted, results, strict=True):
             want = held(plain(want))
+            if (defined := in_range(case, inputs)) is not None:
+                want, result = want[defined], result[defined]
             assert close(want, result, case.rtol, max(case.atol, noise(want))), "other result"
 
 
