@@ -65,7 +65,7 @@ def main() -> dict[str, float]:
     source = qgraph.trace(model, images, [{0: "batch"}])
     rounded = qgraph.compile(source, "static", DataLoader(TensorDataset(seen), 32), "onnx", bits=2)
     qmodel = qgraph.prepare_qat(model, images[:1], bits=2)
-    train(qmodel, epochs=4, rate=2e-3)
+    train(qmodel, epochs=6, rate=2e-3)
     compiled = qgraph.compile(qmodel, target="onnx")
 
     right = {
