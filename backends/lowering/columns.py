@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.backends.lowering.block_products import UNPACKED, PackedWeight
-from qgraph.backends.lowering.match import Blocks, blocks_of, dynamic_data
+from qgraph.backends.lowering.match import Blocks, blocks_of, dynamic_data, leading
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, shared_constant, typed
 from qgraph.graph.reading import (
@@ -21,6 +21,7 @@ from qgraph.graph.reading import (
     nodes,
     producer,
 )
+from qgraph.numerics.packing import byte_table
 from qgraph.numerics.reference import SMALLEST_SCALE
 
 
@@ -187,7 +188,7 @@ def _integers(model: ir.Model, graph: Builder, packed: PackedWeight) -> ir.Value
     values = _codes(model, graph, packed.bytes, bits, 0, [n, count, packed.size])
     zeros = _codes(model, graph, packed.zeros, bits, 0, [n, -1, 1])
     if dims(packed.zeros)[1] != count * bits / 8:
-        zeros = _cut(model, graph, zeros, count, ir.DataType.FLOAT)
+        zeros = leading(graph, zeros, count, 1, ir.DataType.FLOAT)
     return graph.op("Sub", values, zeros)
 
 
@@ -195,24 +196,12 @@ def _codes(
     model: ir.Model, graph: Builder, held: ir.Value, bits: int, zero: int, shape: list[int]
 ) -> ir.Value:
     """Integers of few bits, less `zero`, as floats: a table says what each byte holds."""
-    shifts = np.arange(0, 8, bits)
-    values = (np.arange(256)[:, np.newaxis] >> shifts) % (1 << bits) - zero
-    table = shared_constant(model, f"qgraph/bytes_{bits}_{zero}", values.astype(np.float32))
+    table = shared_constant(model, f"qgraph/bytes_{bits}_{zero}", byte_table(bits, zero))
     wanted = np.array(shape, np.int64)
     name = "qgraph/shape_" + "_".join(map(str, shape))
     index = graph.op("Cast", held, to=int(ir.DataType.INT32), dtype=ir.DataType.INT32)
     codes = graph.op("Gather", table, index)
     return graph.op("Reshape", codes, shared_constant(model, name, wanted))
-
-
-def _cut(
-    model: ir.Model, graph: Builder, value: ir.Value, size: int, dtype: ir.DataType
-) -> ir.Value:
-    """The first `size` places on axis 1."""
-    first, last, axis = (
-        shared_constant(model, f"qgraph/number_{i}", np.array([i], np.int64)) for i in (0, size, 1)
-    )
-    return graph.op("Slice", value, first, last, axis, dtype=dtype)
 
 
 def _as_columns(
@@ -229,7 +218,7 @@ def _as_columns(
     columns = graph.op("Cast", values, to=int(int8), dtype=int8)
     columns = graph.op("Reshape", columns, shape, dtype=int8)
     if packed.filled:
-        columns = _cut(model, graph, columns, packed.k, int8)
+        columns = leading(graph, columns, packed.k, 1, int8)
     if k_axis == 0:
         columns = graph.op("Transpose", columns, perm=[1, 0], dtype=int8)
     producer = columns.producer()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.graph.editing import add_constant, insert, typed
+from qgraph.graph.builder import Builder
+from qgraph.graph.editing import add_constant, insert, shared_constant, typed
 from qgraph.graph.functions import DEQUANTIZE_PER_TOKEN, is_call
 from qgraph.graph.reading import array, attribute, dims, is_op, producer, source_of
 
@@ -104,3 +105,12 @@ def fewest_bits(q: np.ndarray, zeros: np.ndarray | None, size: int) -> int:
         if (-half <= low and high < half) or (zeros is not None and low >= 0 and high < 2 * half):
             return bits
     return 8
+
+
+def leading(graph: Builder, value: ir.Value, size: int, axis: int, dtype: ir.DataType) -> ir.Value:
+    """The first `size` places of `value` on an axis, as where the last block is filled up."""
+    first, last, along = (
+        shared_constant(graph.model, f"qgraph/number_{i}", np.array([i], np.int64))
+        for i in (0, size, axis)
+    )
+    return graph.op("Slice", value, first, last, along, dtype=dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.backends.lowering.block_products import UNPACKED, PackedWeight
-from qgraph.backends.lowering.match import stored, symmetric_scale
+from qgraph.backends.lowering.match import leading, stored, symmetric_scale
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import add_constant, insert, redirect, replace, shared_constant, typed
 from qgraph.graph.reading import array, attribute, dims, input_of, is_op, nodes, producer
@@ -125,11 +125,7 @@ def _packed_rows(model: ir.Model, node: ir.Node, packed: PackedWeight, base: str
     rows = graph.op("Gather", packed.bytes, ids, dtype=uint8)
     rows = graph.op("Reshape", rows, shape, dtype=uint8)
     if packed.filled:
-        first, last, axis = (
-            shared_constant(model, f"qgraph/number_{i}", np.array([i], np.int64))
-            for i in (0, packed.k, -1)
-        )
-        rows = graph.op("Slice", rows, first, last, axis, dtype=uint8)
+        rows = leading(graph, rows, packed.k, -1, uint8)
     middle = shared_constant(model, "qgraph/middle_8", np.float32(128))
     wide = graph.op("Cast", rows, to=int(ir.DataType.FLOAT))
     return insert(model, node, "Sub", [wide, middle], base=f"{base}_sub")

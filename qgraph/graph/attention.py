@@ -8,6 +8,7 @@ import onnx_ir as ir
 from qgraph.graph.builder import Builder
 from qgraph.graph.editing import insert, redirect, shared_constant, typed
 from qgraph.graph.reading import MICROSOFT, attribute, input_of, is_op
+from qgraph.numerics.packing import byte_table
 
 ATTENTION = "GroupQueryAttention"
 PAST, PRESENT, SCALES = 3, 1, 12
@@ -49,8 +50,7 @@ def _as_floats(
     if bits == 8:
         values = graph.op("Cast", past, to=int(ir.DataType.FLOAT))
     else:
-        halves = (np.arange(256)[:, np.newaxis] >> np.array([0, 4])) % 16 - 8
-        table = shared_constant(model, "qgraph/bytes_4_8", halves.astype(np.float32))
+        table = shared_constant(model, "qgraph/bytes_4_8", byte_table(4, 8))
         index = graph.op("Cast", past, to=int(ir.DataType.INT32), dtype=ir.DataType.INT32)
         # Gather makes pairs of a byte: (batch, heads, positions, size / 2, 2).
         pairs = graph.op("Gather", table, index)

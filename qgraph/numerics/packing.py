@@ -27,6 +27,12 @@ def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(packed[:, : -(-count * bits // 8)])
 
 
+def byte_table(bits: int, zero: int = 0) -> NDArray[np.float32]:
+    """What each byte holds, less `zero`: float32 (256, 8 / bits), as :func:`pack` fills them."""
+    places = np.arange(256)[:, np.newaxis] >> np.arange(0, 8, bits)
+    return (places % (1 << bits) - zero).astype(np.float32)
+
+
 Array = NDArray[Any]
 Codes = NDArray[np.uint8]
 
